@@ -1,0 +1,91 @@
+"""AdapterSite: a place in a graph where an adapter acts, as ``find_sites`` reports it and the manifest keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterable
+from typing import Any, Literal, SupportsIndex, overload
+
+from rich.console import Console
+from rich.table import Table
+
+NameSource = Literal[
+    "initializer", "folded_from", "name_scopes", "node_path", "adapter_values", "adapter_shapes", "structure"
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterSite:
+    """One base operation with one named module behind it.
+
+    Args:
+        name: module path of the source checkpoint, ``model.layers.3.self_attn.q_proj``
+        adapter: the adapter's name inside the export (PEFT's ``default``), ``""`` where nothing tells it
+        kind: adapter kind, ``"lora"``
+        op: type of the base operation (``MatMul``, ``Gemm``, ``MatMulNBits`` ...)
+        d_in: features that come in
+        d_out: features that go out
+        rank: rank in the graph; of an extracted model, of the adapter that was taken out
+        scale: the factor that the graph applies after ``a`` and ``b`` (1.0 when it is absent or inside ``b``)
+        dtype: numpy name of the element type of ``a`` and ``b``
+        name_source: what told the name; ``structure`` means that nothing did
+        node: name of the node where adapter and base meet
+    """
+
+    name: str
+    adapter: str
+    kind: str
+    op: str
+    d_in: int
+    d_out: int
+    rank: int
+    scale: float
+    dtype: str
+    name_source: NameSource
+    node: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types, in the order above."""
+        return dataclasses.asdict(self)
+
+
+class SiteTable(list[AdapterSite]):
+    """A list of sites that prints as a table."""
+
+    @property
+    def names(self) -> list[str]:
+        """The sites' names, in order."""
+        return [site.name for site in self]
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> AdapterSite: ...
+    @overload
+    def __getitem__(self, index: slice) -> SiteTable: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> AdapterSite | SiteTable:
+        found = super().__getitem__(index)
+        return SiteTable(found) if isinstance(found, list) else found
+
+    def table(self) -> Table:
+        """The sites as a rich table."""
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in ("site", "adapter", "op", "in -> out", "rank", "scale", "dtype", "name from"):
+            table.add_column(column, no_wrap=True, justify="right" if column in {"rank", "scale"} else "left")
+        for site in self:
+            shape = f"{site.d_in} -> {site.d_out}"
+            cells = (site.name, site.adapter or "?", site.op, shape, str(site.rank), f"{site.scale:g}")
+            table.add_row(*cells, site.dtype, site.name_source)
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=max(100, 100 + max((len(s.name) for s in self), default=0))).print(self.table())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def by_name(sites: Iterable[AdapterSite]) -> dict[str, AdapterSite]:
+    """Sites by name; the first of several adapters at one place stands for the place."""
+    table: dict[str, AdapterSite] = {}
+    for site in sites:
+        table.setdefault(site.name, site)
+    return table
