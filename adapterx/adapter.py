@@ -36,12 +36,10 @@ def frozen(array: Array) -> Array:
     A writable array is copied, since its owner could still change it; a read-only one that is already in
     order (the readers make such) is taken as it is.
     """
-    if array.dtype.byteorder == ">":
+    if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    in_order = np.require(array, requirements=["C", "ALIGNED"])
-    if in_order is array and array.flags.writeable:
-        in_order = array.copy()
-    elif in_order is not array and in_order.base is not None and in_order.flags.writeable:
+    in_order = np.require(np.asarray(array), requirements=["C", "ALIGNED"])
+    if in_order.flags.writeable and (in_order is array or in_order.base is not None):
         in_order = in_order.copy()
     in_order.flags.writeable = False
     return in_order

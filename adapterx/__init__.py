@@ -1,0 +1,1 @@
+"""adapterx: one ONNX base model, many adapters."""
