@@ -1,0 +1,72 @@
+"""What the documents say must still be so."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
+
+from adapterx.ops import low_rank_add, low_rank_add_function
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_of_this_repository(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text())
+    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_targets_that_are_named_exist(document: Path) -> None:
+    text = document.read_text()
+    paths = re.findall(r"`((?:adapterx|bench|tests|docs|samples)/[\w./-]+?)`", text)
+    targets = re.findall(r"^\s+make (\w+)", text, re.MULTILINE)
+    known = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    assert set(targets) <= set(known)
+
+
+def function_of_the_page() -> onnx.FunctionProto:
+    page = (ROOT / "docs" / "ops.md").read_text()
+    (text,) = re.findall(r"```\n(<domain.*?)```", page, re.DOTALL)
+    return onnx.parser.parse_function(text)
+
+
+def run_function(function: onnx.FunctionProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    node = onnx.helper.make_node("LowRankAdd", list(feeds), ["y"], domain="ai.adapterx")
+    inputs = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, feeds[name].shape) for name in feeds]
+    outputs = [onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("ai.adapterx", 1)]
+    graph = onnx.helper.make_graph([node], "g", inputs, outputs)
+    model = onnx.helper.make_model(graph, functions=[function], opset_imports=opsets)
+    (y,) = ReferenceEvaluator(model).run(None, feeds)
+    return y
+
+
+def random_feeds(rank: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(rank)
+    shapes = {"base": (2, 5, 4), "x": (2, 5, 6), "a": (rank, 6), "b": (rank, 4), "mask": (2, 1, rank)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+FUNCTIONS = {"page": function_of_the_page, "code": lambda: ir.to_proto(low_rank_add_function(18))}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_the_function_on_the_page_and_the_one_in_the_code_give_what_numpy_gives(function) -> None:
+    feeds = random_feeds(3)
+    np.testing.assert_allclose(run_function(function(), feeds), low_rank_add(*feeds.values()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_rank_0_gives_the_base_bit_for_bit(function) -> None:
+    feeds = random_feeds(0)
+    np.testing.assert_array_equal(run_function(function(), feeds), feeds["base"])
