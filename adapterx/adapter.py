@@ -36,6 +36,10 @@ def frozen(array: Array) -> Array:
     A writable array is copied, since its owner could still change it; a read-only one that is already in
     order (the readers make such) is taken as it is.
     """
+    flags = array.flags
+    if flags.c_contiguous and flags.aligned and not flags.writeable and array.dtype.isnative:
+        # Files hold hundreds of tensors, and this is most of them.
+        return array
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     in_order = np.require(np.asarray(array), requirements=["C", "ALIGNED"])

@@ -1,0 +1,1 @@
+"""Model in, model out: find sites, put ports in their place."""

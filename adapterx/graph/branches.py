@@ -1,0 +1,198 @@
+"""Find low-rank branches by dataflow: ``x -> A -> B (-> scale) -> joined to what the base makes of x``.
+
+Structure alone does not make an adapter (a base model may have a bottleneck of its own): whether a branch is
+one is decided in :mod:`adapterx.graph.names`, by evidence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from adapterx.graph.view import (
+    MICROSOFT,
+    SAME_ROWS,
+    SAME_VALUE,
+    Linear,
+    all_nodes,
+    constant,
+    is_op,
+    linear,
+    scaled,
+    source,
+    times,
+)
+
+SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+_BASE_SEARCH = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """One low-rank branch and the place where it meets the base.
+
+    Args:
+        a: the factor that reads what the base operation reads
+        b: the factor that reads ``a``
+        scale: product of all constant factors from ``a`` to the join, whatever operator holds them
+        join: the node where delta and base are added
+        base_slot: which input of ``join`` is the base; that of a Gemm which adds the delta as its ``C`` is its ``x``
+        delta_slot: which input of ``join`` is the delta; ``None`` when ``join`` is ``b.node`` itself (a Gemm whose
+            ``C`` is the base)
+        delta: the value that is added, after the scale
+        base_op: the operation that the branch runs beside; ``None`` when nothing that feeds the base reads ``x``
+        refolded: rows were flattened above ``a`` and folded back before the join
+        bias: a constant vector added to the delta (PEFT's ``lora_bias``), or ``None``
+    """
+
+    a: Linear
+    b: Linear
+    scale: float
+    join: ir.Node
+    base_slot: int
+    delta_slot: int | None
+    delta: ir.Value | None
+    base_op: ir.Node | None
+    refolded: bool
+    bias: ir.Value | None
+
+    @property
+    def x(self) -> ir.Value:
+        """What to feed the branch from: above a Dropout of training, and above a flattening that is undone later."""
+        x = self.a.node.inputs[0]
+        assert x is not None, "a linear node has its operand"
+        return _above(x, "Dropout", "Identity", *(SAME_ROWS if self.refolded else ()))
+
+    @property
+    def base(self) -> ir.Value:
+        """What the base contributes to the join."""
+        value = self.join.inputs[self.base_slot]
+        assert value is not None, "a join has its base operand"
+        return value
+
+    @property
+    def rank(self) -> int:
+        """``r`` in this graph."""
+        return self.a.d_out
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Join:
+    node: ir.Node
+    base_slot: int
+    delta_slot: int | None
+    delta: ir.Value | None
+    factor: float
+    reshaped: bool
+    bias: ir.Value | None
+
+
+def find_branches(model: ir.Model) -> list[Branch]:
+    """Every low-rank branch of ``model``, subgraphs included, in graph order. Nothing is changed."""
+    linears = {node: matched for node in all_nodes(model) if (matched := linear(node)) is not None}
+    factors = {node: pair for node, b in linears.items() if (pair := _factor_before(b, linears)) is not None}
+    heads = {a.node for a, _ in factors.values()}
+    found: list[Branch] = []
+    for node, (a, inner) in factors.items():
+        b = linears[node]
+        join = _descend(b)
+        if join is None:
+            continue
+        scale = a.factor * inner * b.factor * join.factor
+        base_op = _base_operation(join, source(a.x), heads)
+        found.append(
+            Branch(
+                a, b, scale, join.node, join.base_slot, join.delta_slot, join.delta, base_op, join.reshaped, join.bias
+            )
+        )
+    return found
+
+
+def _factor_before(b: Linear, linears: dict[ir.Node, Linear]) -> tuple[Linear, float] | None:
+    """The linear that feeds ``b`` and the factor between them, when their ranks agree."""
+    value, factor = scaled(b.x)
+    producer = value.producer()
+    a = None if producer is None else linears.get(producer)
+    if a is None or a.addend is not None or a.d_out != b.d_in:
+        return None
+    return a, factor
+
+
+def _descend(b: Linear) -> _Join | None:
+    """From ``b`` down to where its result is added to something that depends on the run."""
+    bias, factor, reshaped = None, 1.0, False
+    if b.addend is not None:
+        if constant(b.addend) is None:
+            # Gemm(low, B, C=base): the optimizer made the addition part of B. A scaled base is not ours to take.
+            return _Join(b.node, 2, None, None, 1.0, False, None) if b.addend_factor == 1.0 else None
+        bias = b.addend
+    value = b.node.outputs[0]
+    while True:
+        uses = value.uses()
+        if len(uses) != 1 or value.is_graph_output():
+            return None
+        node, slot = next(iter(uses))
+        if is_op(node, *SAME_VALUE, *SAME_ROWS) and slot == 0:
+            reshaped = reshaped or is_op(node, *SAME_ROWS)
+        elif (step := times(node)) is not None:
+            factor *= step[1]
+        elif is_op(node, "Add") and constant(node.inputs[1 - slot]) is not None:
+            bias = node.inputs[1 - slot]
+        else:
+            return _join_at(node, slot, value, factor=factor, reshaped=reshaped, bias=bias)
+        value = node.outputs[0]
+
+
+def _join_at(
+    node: ir.Node, slot: int, delta: ir.Value, *, factor: float, reshaped: bool, bias: ir.Value | None
+) -> _Join | None:
+    if is_op(node, "Add"):
+        return _Join(node, 1 - slot, slot, delta, factor, reshaped, bias)
+    if is_op(node, *SKIP_NORMS, domain=(MICROSOFT,)) and slot in {0, 1}:
+        return _Join(node, 1 - slot, slot, delta, factor, reshaped, bias)
+    host = linear(node)
+    if host is not None and slot == 2:
+        # C of a Gemm: base and addition are one node; the base operand is the product itself (no slot of its own).
+        return _Join(node, 0, 2, delta, factor * host.addend_factor, reshaped, bias)
+    return None
+
+
+def _above(value: ir.Value, *op_types: str) -> ir.Value:
+    while is_op(node := value.producer(), *op_types) and node is not None and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return value
+
+
+def _base_operation(join: _Join, x: ir.Value, heads: set[ir.Node]) -> ir.Node | None:
+    """The nearest operation above the join's base that reads ``x`` and is not the first factor of a branch."""
+    if join.delta_slot == 2:
+        host = linear(join.node)
+        return join.node if host is not None and source(host.x) is x else None
+    base = join.node.inputs[join.base_slot]
+    queue = deque(_producers(base) if base is not None else ())
+    seen: set[ir.Node] = set()
+    while queue and len(seen) < _BASE_SEARCH:
+        node = queue.popleft()
+        if node in seen or node in heads:
+            continue
+        seen.add(node)
+        operands = [value for value in node.inputs if value is not None]
+        if _computes(node) and any(source(value) is x for value in operands):
+            return node
+        for value in operands:
+            queue.extend(_producers(value))
+    return None
+
+
+def _producers(value: ir.Value) -> Iterator[ir.Node]:
+    node = value.producer()
+    if node is not None:
+        yield node
+
+
+def _computes(node: ir.Node) -> bool:
+    """Whether a node has weights or works on two operands, and so can be what an adapter sits beside."""
+    return not is_op(node, *SAME_VALUE, *SAME_ROWS, "Transpose", "Add", "Mul", "Div", "Shape")

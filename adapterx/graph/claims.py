@@ -1,0 +1,189 @@
+"""What a graph says about who a low-rank branch is: names of initializers, exporters' metadata, node paths.
+
+Each source can be missing or wrong on its own: exporters rename what they fold, optimizers delete metadata, and
+equal initializers are merged so that one name stands for many modules. So a claim knows its carrier, and a
+carrier that serves several branches is not believed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from adapterx.graph.branches import Branch
+from adapterx.graph.view import Linear, is_op
+from adapterx.site import NameSource
+
+FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+
+Side = str
+
+_TENSOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?(?:\.MatMul)?\.weight(?![A-Za-z])")
+_SCOPE = re.compile(r"^(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?$")
+_DIFFUSERS = re.compile(r"^(?P<module>.+?)\.lora(?:_linear_layer|_layer)?\.(?P<side>down|up)\.weight")
+_SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
+_NUMBERED = re.compile(r"^(?P<stem>.+?)(?:_(?P<number>\d+))?$")
+_OPERATORS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Transpose", "MatMulScaleFusion"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Claim:
+    """One source's word on one factor of a branch.
+
+    Args:
+        source: which kind of source
+        module: the module's path as the source spells it: dotted, or with ``/`` where it is a node path
+        adapter: the adapter's name, ``""`` when the source has none
+        carrier: the value or node that bears the name
+    """
+
+    source: NameSource
+    module: str
+    adapter: str
+    carrier: object
+
+
+def claims_of(branch: Branch) -> Iterator[Claim]:
+    """Every claim on ``branch``, in the order in which sources are believed: ``a`` before ``b`` within a source."""
+    both = ((branch.a, "A"), (branch.b, "B"))
+    for read in (_by_initializer, _by_folded_from, _by_name_scopes):
+        for factor, side in both:
+            claim = read(factor, side)
+            if claim is not None:
+                yield claim
+    claim = _by_node_path(branch)
+    if claim is not None:
+        yield claim
+
+
+def parse_tensor_name(name: str) -> tuple[str, str, str] | None:
+    """``(module, side, adapter)`` of a LoRA weight's name, side ``"A"`` or ``"B"``; ``None`` when it is not one.
+
+    Example:
+        >>> parse_tensor_name("m.base_model.model.fc.lora_A.default.weight")
+        ('m.base_model.model.fc', 'A', 'default')
+        >>> parse_tensor_name("model.layers.0.attn.q_proj.lora_B.MatMul.weight")
+        ('model.layers.0.attn.q_proj', 'B', '')
+    """
+    found = _TENSOR.match(name) or _DIFFUSERS.match(name)
+    if found is None:
+        return None
+    adapter = found.groupdict().get("adapter") or ""
+    return found["module"], _SIDES[found["side"]], "" if adapter == "MatMul" else adapter
+
+
+def listed(text: str | None) -> list[str]:
+    """The names in a metadata string that holds a Python list literal."""
+    if not text:
+        return []
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return [str(item) for item in value] if isinstance(value, list | tuple) else []
+
+
+def chain(factor: Linear) -> Iterator[ir.Value]:
+    """The values between a factor's node and the constant behind its weight, nearest first."""
+    value = factor.node.inputs[1]
+    while value is not None:
+        yield value
+        if value is factor.weight.root:
+            return
+        node = value.producer()
+        value = None if node is None else node.inputs[0]
+
+
+def _by_initializer(factor: Linear, side: Side) -> Claim | None:
+    for value in chain(factor):
+        parsed = parse_tensor_name(value.name or "")
+        if parsed is not None and parsed[1] == side:
+            return Claim("initializer", parsed[0], parsed[2], value)
+    return None
+
+
+def _by_folded_from(factor: Linear, side: Side) -> Claim | None:
+    for value in chain(factor):
+        origins = [parse_tensor_name(name) for name in listed(value.metadata_props.get(FOLDED_FROM))]
+        found = [origin for origin in origins if origin is not None]
+        # A tensor folded from several LoRA weights is derived from them; it is not any one of them.
+        if len(found) == 1 and found[0][1] == side:
+            return Claim("folded_from", found[0][0], found[0][2], value)
+    return None
+
+
+def _by_name_scopes(factor: Linear, side: Side) -> Claim | None:
+    for scope in reversed(listed(factor.node.metadata_props.get(NAME_SCOPES))):
+        found = _SCOPE.match(scope)
+        if found is not None:
+            if found["side"] != side:
+                return None
+            return Claim("name_scopes", found["module"], found["adapter"] or "", factor.node)
+    return None
+
+
+def _by_node_path(branch: Branch) -> Claim | None:
+    """TorchScript paths: A under ``<module>/<adapter>``, B under ``<module>/<adapter>_1``, base under ``base_layer``.
+
+    PEFT keeps both factors in dictionaries keyed by the adapter's name, so the exporter sees one name twice and
+    numbers it. A Dropout that was exported too takes the first number.
+    """
+    a, b = _parts(branch.a.node), _parts(branch.b.node)
+    shared = next((i for i, (p, q) in enumerate(zip(a, b, strict=False)) if p != q), None)
+    if shared is None or shared == 0:
+        return None
+    adapter = _adapter_of(a[shared:], b[shared:])
+    if adapter is None:
+        return None
+    base = [] if branch.base_op is None else _parts(branch.base_op)
+    if a[shared] != "lora_A" and base and base[: shared + 1] != [*a[:shared], "base_layer"]:
+        return None
+    if not base and not (a[shared] == "lora_A" or b[shared] == f"{a[shared]}_1"):
+        return None
+    return Claim("node_path", "/".join(a[:shared]), adapter, branch.a.node)
+
+
+def _parts(node: ir.Node) -> list[str]:
+    name = node.name or ""
+    return [part for part in name.split("/") if part] if "/" in name else []
+
+
+def _adapter_of(a: list[str], b: list[str]) -> str | None:
+    if a[0] == "lora_A" and b[0] == "lora_B":
+        return a[1] if len(a) > 2 and a[1] not in _OPERATORS else ""
+    if b[0] == f"{a[0]}_1" and a[0] not in _OPERATORS:
+        return a[0]
+    first, second = _NUMBERED.match(a[0]), _NUMBERED.match(b[0])
+    if first is None or second is None or first["stem"] != second["stem"] or first["stem"] in _OPERATORS:
+        return None
+    return first["stem"] if int(second["number"] or 0) == int(first["number"] or 0) + 1 else None
+
+
+def lora_marks(model: ir.Model) -> dict[ir.Value, str]:
+    """Constants that are in use and whose names or metadata speak of an adapter, with the words that do."""
+    marks: dict[ir.Value, str] = {}
+    for value in _constants(model):
+        names = [value.name or "", *listed(value.metadata_props.get(FOLDED_FROM))]
+        spoken = next((name for name in names if _MARK.search(name)), None)
+        if spoken is not None and (value.uses() or value.is_graph_output()):
+            marks[value] = spoken
+    return marks
+
+
+_MARK = re.compile(
+    r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)|\.(?:hada_w|lokr_w|ia3_l|vera_lambda|oft_)"
+    r"|\.modules_to_save\."
+)
+
+
+def _constants(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+        for node in graph:
+            if is_op(node, "Constant"):
+                yield node.outputs[0]

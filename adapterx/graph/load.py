@@ -1,0 +1,117 @@
+"""Open a model for rewriting: the graph in memory, external weights left where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
+
+from adapterx.errors import ModelError
+from adapterx.external_data import check_external_data, external_tensors
+from adapterx.manifest import manifest_of
+
+_SMALL = 1024
+
+ModelLike: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | ir.Model
+
+
+def load_model(model: ModelLike) -> ir.Model:
+    """``model`` as an ``onnx_ir.Model`` of our own: what the caller holds is never changed.
+
+    Args:
+        model: a path (external data is checked, not read), a ``ModelProto`` without external data, or an
+            ``onnx_ir.Model`` (cloned; its tensors are shared)
+
+    Raises:
+        ModelError: not an ONNX model, broken (unsorted, not SSA, unknown operators), newer than the installed
+            ``onnx``, or with external data that is missing, short, or outside the model's folder.
+    """
+    if isinstance(model, ir.Model):
+        return model.clone()
+    if isinstance(model, onnx.ModelProto):
+        first = next(external_tensors(model), None)
+        if first is not None:
+            raise ModelError(
+                f"tensor {first.name!r} lies in external file {first.location!r}, and a ModelProto does not say in "
+                "which folder; give the model's path, or load it with its external data"
+            )
+        return _deserialized(model, "the model", None)
+    path = Path(model)
+    proto = read_proto(path)
+    _refuse_unsafe(proto, path)
+    return _deserialized(proto, str(path), path.parent)
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """The graph of a model file, without the weights that lie in other files."""
+    if not path.is_file():
+        met = "a folder" if path.is_dir() else "no regular file" if path.exists() else "nothing"
+        raise ModelError(f"{path}: expected an ONNX file, found {met} there")
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be read as an ONNX model ({error})") from None
+
+
+def _refuse_unsafe(proto: onnx.ModelProto, path: Path) -> None:
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    manifest = manifest_of(metadata, where=str(path))
+    ours = frozenset() if manifest is None or manifest.location is None else frozenset({manifest.location})
+    check_external_data(proto, path.parent, ignore=ours, model_file=path)
+
+
+def _deserialized(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.Model:
+    if not proto.HasField("graph"):
+        raise ModelError(f"{where} cannot be read as an ONNX model (it has no graph)")
+    _check(proto, where)
+    try:
+        model = ir.from_proto(proto)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{where} cannot be read as an ONNX model ({error})") from None
+    if folder is not None:
+        ir.external_data.set_base_dir(model.graph, folder)
+    return model
+
+
+def check_model(model: ir.Model, where: str) -> None:
+    """``onnx.checker`` on a model that we made, of any size: weights do not take part."""
+    bare = model.clone()
+    for graph in bare.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and value.const_value.nbytes > _SMALL:
+                dtype = value.const_value.dtype
+                value.const_value = ir.Tensor(np.zeros(0, dtype.numpy()), dtype=dtype, name=value.name)
+    _check(ir.to_proto(bare), where)
+
+
+def _check(proto: onnx.ModelProto, where: str) -> None:
+    """``onnx.checker`` on the graph alone: it would open external files, by rules that are not ours."""
+    external = [t for graph in _graphs(proto.graph) for t in graph.initializer if t.data_location == t.EXTERNAL]
+    kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in external]
+    for tensor in external:
+        # An empty tensor of the same name and type stands in while the checker looks.
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+        tensor.ClearField("dims")
+        tensor.dims.append(0)
+    try:
+        onnx.checker.check_model(proto)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelError(f"{where} is not a valid ONNX model: {str(error).strip()}") from None
+    finally:
+        for tensor, original in zip(external, kept, strict=True):
+            tensor.CopyFrom(original)
+
+
+def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    graphs = [graph]
+    for inner in graphs:
+        for node in inner.node:
+            for attribute in node.attribute:
+                graphs += [attribute.g] * attribute.HasField("g") + list(attribute.graphs)
+    return graphs

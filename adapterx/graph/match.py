@@ -1,0 +1,127 @@
+"""Name the branches of a graph by the adapter that was exported with it: by value, or by shape where one fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import numpy as np
+
+from adapterx.adapter import Adapter, LowRank
+from adapterx.errors import MismatchError, nearest
+from adapterx.graph.branches import Branch
+from adapterx.site import AdapterSite, NameSource
+
+Pair = tuple[Branch, AdapterSite]
+# Half types round once in the exporter's cast and once more when a scale is folded.
+_TOLERANCE = {"float64": 1e-6, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+def match_to_adapter(sites: list[Pair], unnamed: list[Branch], adapter: Adapter) -> tuple[list[Pair], list[Branch]]:
+    """Name what ``adapter`` can name, and check what the graph named itself.
+
+    Returns:
+        The sites (named ones under the adapter's spelling), and the branches that belong to no site of the adapter.
+
+    Raises:
+        MismatchError: the adapter has sites that the graph lacks, or that several branches could be.
+    """
+    renamed = [(branch, _renamed(site, adapter)) for branch, site in sites]
+    taken = {site.name for _, site in renamed}
+    open_sites = {name: low_rank for name, low_rank in adapter.sites.items() if name not in taken}
+    by_value, left = _by_value(unnamed, open_sites)
+    for _, site in by_value:
+        open_sites.pop(site.name, None)
+    by_shape, left = _by_shape(left, open_sites)
+    for _, site in by_shape:
+        open_sites.pop(site.name, None)
+    if open_sites:
+        raise MismatchError(_unmatched(open_sites, renamed, left))
+    return renamed + by_value + by_shape, left
+
+
+def _renamed(site: AdapterSite, adapter: Adapter) -> AdapterSite:
+    """``site`` under the adapter's name for it: the same path, or one that differs by leading parts only."""
+    if site.name in adapter.sites:
+        return site
+    alike = [name for name in adapter.sites if name.endswith(f".{site.name}") or site.name.endswith(f".{name}")]
+    return dataclasses.replace(site, name=alike[0]) if len(alike) == 1 else site
+
+
+def _by_value(branches: list[Branch], sites: dict[str, LowRank]) -> tuple[list[Pair], list[Branch]]:
+    named: list[Pair] = []
+    left: list[Branch] = []
+    for branch in branches:
+        equal = [name for name, low_rank in sites.items() if _same_values(branch, low_rank)]
+        if len(equal) == 1:
+            named.append((branch, site_of(branch, equal[0], "", "adapter_values")))
+        else:
+            left.append(branch)
+    return named, left
+
+
+def _by_shape(branches: list[Branch], sites: dict[str, LowRank]) -> tuple[list[Pair], list[Branch]]:
+    """One branch and one site of a shape belong together; several could be mixed up, so they stay unmatched."""
+    shapes: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, low_rank in sites.items():
+        shapes[low_rank.d_in, low_rank.d_out].append(name)
+    places: dict[tuple[int, int], list[Branch]] = defaultdict(list)
+    for branch in branches:
+        places[branch.a.d_in, branch.b.d_out].append(branch)
+    named = [
+        (members[0], site_of(members[0], shapes[shape][0], "", "adapter_shapes"))
+        for shape, members in places.items()
+        if len(members) == 1 and len(shapes[shape]) == 1
+    ]
+    taken = {id(branch) for branch, _ in named}
+    return named, [branch for branch in branches if id(branch) not in taken]
+
+
+def _same_values(branch: Branch, low_rank: LowRank) -> bool:
+    if (branch.a.d_in, branch.b.d_out, branch.rank) != (low_rank.d_in, low_rank.d_out, low_rank.rank):
+        return False
+    tolerance = max(_TOLERANCE.get(name, 1e-5) for name in (branch.a.weight.dtype.numpy().name, low_rank.dtype.name))
+    a, b = branch.a.matrix().T, branch.b.matrix() * np.float32(branch.scale)
+    return _close(a, low_rank.a, tolerance) and _close(b, low_rank.b, tolerance)
+
+
+def _close(one: np.ndarray, other: np.ndarray, tolerance: float) -> bool:
+    left, right = one.astype(np.float32), other.astype(np.float32)
+    size = max(float(np.abs(right).max(initial=0.0)), float(np.abs(left).max(initial=0.0)))
+    return bool(np.abs(left - right).max(initial=0.0) <= tolerance * max(size, 1e-30))
+
+
+def site_of(branch: Branch, name: str, adapter: str, source: NameSource) -> AdapterSite:
+    """What there is to say of ``branch`` under ``name``."""
+    return AdapterSite(
+        name=name,
+        adapter=adapter,
+        kind="lora",
+        op="?" if branch.base_op is None else branch.base_op.op_type,
+        d_in=branch.a.d_in,
+        d_out=branch.b.d_out,
+        rank=branch.rank,
+        scale=branch.scale,
+        dtype=branch.a.weight.dtype.numpy().name,
+        name_source=source,
+        node=branch.join.name or "",
+    )
+
+
+def _unmatched(sites: dict[str, LowRank], named: list[Pair], left: list[Branch]) -> str:
+    known = [site.name for _, site in named]
+    lines = [
+        f"  {name}: {low_rank.d_in} -> {low_rank.rank} -> {low_rank.d_out}, no branch has its values"
+        f"{nearest(name, known)}"
+        for name, low_rank in list(sites.items())[:10]
+    ]
+    shapes = sorted({(b.a.d_in, b.rank, b.b.d_out) for b in left})
+    met = ", ".join(f"{i} -> {r} -> {o}" for i, r, o in shapes) or "none"
+    return "\n".join(
+        [
+            f"{len(sites)} sites of the given adapter have no place of their own in this graph:",
+            *lines,
+            f"Branches without a name have the shapes {met}. Several of one shape can only be told apart by value: "
+            "give the very adapter that was exported with the model.",
+        ]
+    )

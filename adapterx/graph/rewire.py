@@ -1,0 +1,136 @@
+"""Put one LowRankAdd where a branch met its base, and take the branch out. Private, in place: the graph comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import onnx_ir as ir
+
+from adapterx.errors import ModelError
+from adapterx.graph.branches import SKIP_NORMS, Branch
+from adapterx.graph.view import MICROSOFT, is_op, linear
+from adapterx.ops import DOMAIN, LOW_RANK_ADD, VERSION
+
+_NORMS = {
+    "SkipLayerNormalization": "LayerNormalization",
+    "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
+}
+
+
+def rewire(branch: Branch, ports: tuple[ir.Value, ir.Value], mask: ir.Value) -> None:
+    """Make ``branch.join`` a LowRankAdd that reads its weights from ``ports``.
+
+    Args:
+        branch: in a graph that we may change
+        ports: values for ``a`` ``[r, d_in]`` and ``b`` ``[r, d_out]``
+        mask: broadcast-ready mask
+    """
+    join = branch.join
+    base, before = _base_of(branch)
+    node = ir.node(LOW_RANK_ADD, [base, branch.x, *ports, mask], domain=DOMAIN, version=VERSION, name=join.name)
+    node.metadata_props.update(join.metadata_props)
+    total = node.outputs[0]
+    after, outputs = _after(join, total)
+    _replace(join, [*before, node, *after], outputs)
+    _drop_dead([branch.b.node, branch.a.node, *(p for v in (branch.delta,) if v is not None and (p := v.producer()))])
+
+
+def bypass(branch: Branch) -> None:
+    """Take ``branch`` out and put nothing in its place: another branch of the same site carries the port."""
+    join = branch.join
+    base, before = _base_of(branch)
+    same = ir.node("Identity", [base], name=join.name)
+    after, outputs = _after(join, same.outputs[0])
+    _replace(join, [*before, same, *after], outputs)
+    _drop_dead([branch.b.node, branch.a.node, *(p for v in (branch.delta,) if v is not None and (p := v.producer()))])
+
+
+def _base_of(branch: Branch) -> tuple[ir.Value, list[ir.Node]]:
+    """The base alone: a value, and the nodes that make it where the join computed base and sum in one."""
+    join = branch.join
+    if branch.delta_slot == 2 and linear(join) is not None:
+        kept = {name: join.attributes[name].value for name in ("alpha", "transA", "transB") if name in join.attributes}
+        base = ir.node("Gemm", list(join.inputs[:2]), attributes=kept, name=f"{join.name}/base")
+        base.outputs[0].name = f"{join.outputs[0].name}/base"
+        base.outputs[0].type, base.outputs[0].shape = join.outputs[0].type, join.outputs[0].shape
+        return base.outputs[0], [base]
+    return branch.base, []
+
+
+def _after(join: ir.Node, total: ir.Value) -> tuple[list[ir.Node], dict[int, ir.Value]]:
+    """What the join did besides adding, as nodes of its own; and its outputs by index."""
+    if is_op(join, *SKIP_NORMS, domain=(MICROSOFT,)):
+        return _norm(join, total)
+    if is_op(join, "FusedGemm", domain=(MICROSOFT,)) and "activation" in join.attributes:
+        return _activation(join, total)
+    return [], {0: total}
+
+
+def _activation(join: ir.Node, total: ir.Value) -> tuple[list[ir.Node], dict[int, ir.Value]]:
+    name = join.attributes.get_string("activation")
+    parameters = {
+        k: join.attributes.get_float(f"activation_{k}")
+        for k in ("alpha", "beta", "gamma")
+        if f"activation_{k}" in join.attributes
+    }
+    if "gamma" in parameters or name not in {"Relu", "LeakyRelu", "Tanh", "Sigmoid", "Elu", "HardSigmoid"}:
+        raise ModelError(f"node {join.name!r} fuses an adapter with activation {name!r}, which cannot be taken apart")
+    allowed = {"LeakyRelu": ("alpha",), "Elu": ("alpha",), "HardSigmoid": ("alpha", "beta")}.get(name, ())
+    attributes = {k: v for k, v in parameters.items() if k in allowed}
+    total.name = f"{join.outputs[0].name}/sum"
+    node = ir.node(name, [total], attributes=attributes, name=f"{join.name}/{name}")
+    return [node], {0: node.outputs[0]}
+
+
+def _norm(join: ir.Node, total: ir.Value) -> tuple[list[ir.Node], dict[int, ir.Value]]:
+    """SkipLayerNormalization(base, delta, gamma, beta, bias) is a norm of the sum; output 3 is the sum itself."""
+    simplified = join.op_type == "SkipSimplifiedLayerNormalization"
+    operands = [*join.inputs[2:], None, None, None]
+    gamma, beta, bias = (operands[0], None, operands[1]) if simplified else (operands[0], operands[1], operands[2])
+    nodes = []
+    total.name = f"{join.outputs[0].name}/sum"
+    if bias is not None:
+        nodes.append(ir.node("Add", [total, bias], name=f"{join.name}/bias"))
+        total = nodes[0].outputs[0]
+        total.name = f"{join.outputs[0].name}/biased"
+    epsilon = join.attributes.get_float("epsilon", 1e-12)
+    inputs = [total, gamma] if beta is None else [total, gamma, beta]
+    norm = ir.node(_NORMS[join.op_type], inputs, attributes={"axis": -1, "epsilon": epsilon}, name=f"{join.name}/norm")
+    if any(output.uses() for output in join.outputs[1:3]):
+        raise ModelError(
+            f"node {join.name!r} fuses an adapter with a norm whose statistics are used; cannot be taken apart"
+        )
+    return [*nodes, norm], {0: norm.outputs[0], 3: total}
+
+
+def _replace(join: ir.Node, nodes: Sequence[ir.Node], outputs: dict[int, ir.Value]) -> None:
+    graph = join.graph
+    assert graph is not None, "a join lies in a graph"
+    old = [join.outputs[i] for i in outputs if i < len(join.outputs)]
+    new = [value for i, value in outputs.items() if i < len(join.outputs)]
+    ir.convenience.replace_nodes_and_values(graph, join, [join], nodes, old, new)
+
+
+def _drop_dead(nodes: Iterable[ir.Node]) -> None:
+    """Remove ``nodes`` and what only they used, as far as nothing else reads it."""
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node.graph is None or any(value.uses() or value.is_graph_output() for value in node.outputs):
+            continue
+        producers = {p for value in node.inputs if value is not None and (p := value.producer()) is not None}
+        constants = [value for value in node.inputs if value is not None and value.is_initializer()]
+        node.graph.remove(node, safe=True)
+        for value in constants:
+            _drop_initializer(value)
+        queue.extend(producers)
+
+
+def _drop_initializer(value: ir.Value) -> None:
+    graph = value.graph
+    if graph is None or value.uses() or value.is_graph_output():
+        return
+    if value.name is not None and value.name in graph.initializers:
+        del graph.initializers[value.name]
+    if value.is_graph_input():
+        graph.inputs.remove(value)

@@ -1,0 +1,158 @@
+"""Write a rewritten model beside its weights: data files first, the small graph last, each whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from adapterx.atomic import atomic_write, copy_file, replacing
+from adapterx.errors import ModelError
+from adapterx.progress import progress
+
+# Below this a copy costs less than a tenth of a second, and spares the reader the trap of hard links (see `place`).
+LINK_FROM_BYTES = 64 << 20
+_INLINE_LIMIT = 1_900_000_000
+_EXTERNAL_FROM_BYTES = 1024
+_ALIGNMENT = 4096
+
+
+def save_model(model: ir.Model, path: Path, *, ours: str | None, share_weights: bool) -> list[Path]:
+    """Save ``model`` at ``path`` with all the data files that it names.
+
+    Args:
+        model: external tensors still point at their source folder
+        path: target of the graph; data files go beside it under the locations that the model has
+        ours: a location that is not to be written (adapter ports), or ``None``
+        share_weights: put inline weights into a data file too, so that several sessions can map one copy of them
+
+    Returns:
+        All files written, the model last.
+
+    Raises:
+        ModelError: two sources for one file name, or a target that is the source.
+        OSError: the disk is full, no permission. What was written so far is removed.
+    """
+    written: list[Path] = []
+    try:
+        for location, source in _sources(model, ours).items():
+            target = path.parent / location
+            _place(source, target)
+            written.append(target)
+        inline = sum(tensor.nbytes for tensor in _inline(model))
+        if share_weights or inline > _INLINE_LIMIT:
+            data = path.parent / _fresh(f"{path.name}.data", _sources(model, ours))
+            if _externalize(model, data):
+                written.append(data)
+        proto = ir.to_proto(model)
+        atomic_write(path, proto.SerializeToString())
+    except BaseException:
+        for file in written:
+            with contextlib.suppress(OSError):
+                file.unlink()
+        raise
+    return [*written, path]
+
+
+def _sources(model: ir.Model, ours: str | None) -> dict[str, Path]:
+    """Location -> the file that holds its bytes now."""
+    found: dict[str, Path] = {}
+    for tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != ours:
+            location, file = str(tensor.location), Path(tensor.base_dir) / tensor.location
+            if found.setdefault(location, file) != file:
+                raise ModelError(f"external data {location!r} comes from two folders: {found[location]} and {file}")
+    return found
+
+
+def _place(source: Path, target: Path) -> None:
+    """Bring a data file to ``target``: by copy when it is small, else by a second name for the same bytes.
+
+    ``onnx.load`` refuses external data that has a second hard link (ONNX Runtime does not mind), so only files for
+    which a copy would be felt are linked. A copy shares blocks on file systems that can (btrfs, xfs).
+    """
+    source = source.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and target.samefile(source):
+        raise ModelError(f"{target} is the source's own data file; extract into another folder")
+    if source.stat().st_size >= LINK_FROM_BYTES and _linked(source, target):
+        return
+    copy_file(source, target, description=f"copying {target.name}")
+
+
+def _linked(source: Path, target: Path) -> bool:
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        # Another file system, or one without hard links, or not our file: copy instead.
+        return False
+    temporary.replace(target)
+    return True
+
+
+def _externalize(model: ir.Model, data: Path) -> bool:
+    """Move inline weights into ``data``, one after another; ``False`` when there are none worth it."""
+    tensors = [value for value in _initializers(model) if _worth(value)]
+    if not tensors:
+        return False
+    total = sum(value.const_value.nbytes for value in tensors if value.const_value is not None)
+    placed: list[tuple[ir.Value, ir.ExternalTensor]] = []
+    with replacing(data) as file, progress(f"writing {data.name}", total) as advance:
+        for value in tensors:
+            tensor = value.const_value
+            assert tensor is not None, "_worth looked at it"
+            offset = -file.tell() % _ALIGNMENT + file.tell()
+            file.seek(offset)
+            raw = tensor.tobytes()
+            file.write(raw)
+            advance(len(raw))
+            external = ir.ExternalTensor(
+                data.name,
+                offset,
+                len(raw),
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+                base_dir=data.parent,
+            )
+            placed.append((value, external))
+    for value, external in placed:
+        value.const_value = external
+    return True
+
+
+def _worth(value: ir.Value) -> bool:
+    tensor = value.const_value
+    if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.dtype == ir.DataType.STRING:
+        return False
+    return tensor.nbytes >= _EXTERNAL_FROM_BYTES and not value.is_graph_input()
+
+
+def _fresh(name: str, taken: dict[str, Path]) -> str:
+    while name in taken:
+        name = f"{name}.inline"
+    return name
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+
+
+def _inline(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    return (tensor for tensor in _tensors(model) if not isinstance(tensor, ir.ExternalTensor))
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for value in _initializers(model):
+        if value.const_value is not None:
+            yield value.const_value
+    for graph in model.graphs():
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    yield attribute.as_tensor()

@@ -1,0 +1,203 @@
+"""A normalised view of a graph: what a value is behind Identity, Cast, Transpose, Dropout and Reshape.
+
+Nothing here changes the graph. Exporters and optimizers wrap the same arithmetic in different nodes; the
+matchers in :mod:`adapterx.graph.branches` see through them with these functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+STANDARD = ("", "ai.onnx")
+SAME_VALUE = frozenset({"Identity", "Cast", "Dropout", "CastLike"})
+SAME_ROWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+_QUANTIZERS = frozenset({"DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear"})
+
+
+def is_op(node: ir.Node | None, *op_types: str, domain: tuple[str, ...] = STANDARD) -> bool:
+    """Whether ``node`` is one of ``op_types`` in ``domain`` (by default the standard one)."""
+    return node is not None and node.op_type in op_types and node.domain in domain
+
+
+def attribute(node: ir.Node, name: str, default: float) -> float:
+    """A numeric attribute, or its default."""
+    found = node.attributes.get(name)
+    return default if found is None else float(found.value)
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of the main graph and of the graphs inside it, in graph order."""
+    yield from ir.traversal.RecursiveGraphIterator(model.graph)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Constant:
+    """A value known before the run.
+
+    Args:
+        root: the initializer, or the output of the Constant node, at the far end
+        tensor: its content; external data stays on disk until ``numpy()`` is called
+        transposed: a 2-D Transpose (or an odd number of them) lies between
+        dtype: as the consumer sees it, after a Cast
+    """
+
+    root: ir.Value
+    tensor: ir.TensorProtocol
+    transposed: bool
+    dtype: ir.DataType
+
+    def numpy(self) -> np.ndarray:
+        """The content as the consumer sees it."""
+        array = self.tensor.numpy()
+        return array.T if self.transposed else array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape as the consumer sees it."""
+        shape = tuple(int(d) for d in self.tensor.shape.numpy())
+        return shape[::-1] if self.transposed else shape
+
+
+def constant(value: ir.Value | None) -> Constant | None:
+    """The constant behind ``value``, or ``None`` when it depends on the run."""
+    transposed = False
+    dtype: ir.DataType | None = None
+    while value is not None:
+        node = value.producer()
+        if node is None or is_op(node, "Constant"):
+            tensor = ir.convenience.get_const_tensor(value)
+            return None if tensor is None else Constant(value, tensor, transposed, dtype or tensor.dtype)
+        if is_op(node, "Transpose"):
+            perm = node.attributes.get_ints("perm", None) if "perm" in node.attributes else None
+            if perm is not None and list(perm) != [1, 0]:
+                return None
+            transposed = not transposed
+        elif not is_op(node, *SAME_VALUE):
+            return None
+        if is_op(node, "Cast") and dtype is None:
+            dtype = ir.DataType(node.attributes.get_int("to"))
+        value = node.inputs[0]
+    return None
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number behind a constant of one element, or ``None``."""
+    found = constant(value)
+    if found is None or found.tensor.size != 1:
+        return None
+    return float(found.tensor.numpy().astype(np.float64).reshape(()))
+
+
+def source(value: ir.Value, *, rows: bool = True) -> ir.Value:
+    """Where a value really comes from: up through what keeps its numbers.
+
+    Args:
+        value: where to start
+        rows: also look through Reshape and its like, and through quantizers, which keep what a row means
+    """
+    while (node := value.producer()) is not None:
+        through = is_op(node, *SAME_VALUE) or (
+            rows and (is_op(node, *SAME_ROWS) or is_op(node, *_QUANTIZERS, domain=(*STANDARD, MICROSOFT)))
+        )
+        if not through or node.inputs[0] is None or node.outputs[0] is not value:
+            break
+        value = node.inputs[0]
+    return value
+
+
+def scaled(value: ir.Value) -> tuple[ir.Value, float]:
+    """Up through Identity, Cast, Dropout and products with constant scalars: the value and the total factor."""
+    factor = 1.0
+    while (node := value.producer()) is not None and node.outputs[0] is value:
+        if is_op(node, *SAME_VALUE) and node.inputs[0] is not None:
+            value = node.inputs[0]
+        elif (step := times(node)) is not None:
+            value, factor = step[0], factor * step[1]
+        else:
+            break
+    return value, factor
+
+
+def times(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """``(operand, factor)`` when ``node`` multiplies or divides by a constant scalar, else ``None``."""
+    if not is_op(node, "Mul", "Div"):
+        return None
+    left, right = node.inputs
+    if left is None or right is None:
+        return None
+    if (number := scalar(right)) is not None:
+        return left, (number if node.op_type == "Mul" else 1.0 / number if number else float("inf"))
+    if node.op_type == "Mul" and (number := scalar(left)) is not None:
+        return right, number
+    return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """``x @ weight * factor (+ addend)`` with a constant weight, whatever operator says it.
+
+    Args:
+        node: MatMul, Gemm, FusedMatMul or FusedGemm
+        x: the operand that depends on the run
+        weight: the constant; ``weight.shape`` is how the node sees it
+        flipped: the node itself transposes the weight (``transB``)
+        factor: ``alpha``
+        addend: Gemm's ``C``, ``None`` when it is absent or all zero
+        addend_factor: ``beta``
+    """
+
+    node: ir.Node
+    x: ir.Value
+    weight: Constant
+    flipped: bool
+    factor: float = 1.0
+    addend: ir.Value | None = None
+    addend_factor: float = 1.0
+
+    @property
+    def d_in(self) -> int:
+        """Features that come in."""
+        return self.weight.shape[1 if self.flipped else 0]
+
+    @property
+    def d_out(self) -> int:
+        """Features that go out."""
+        return self.weight.shape[0 if self.flipped else 1]
+
+    def matrix(self) -> np.ndarray:
+        """The weight as ``[d_in, d_out]``."""
+        array = self.weight.numpy()
+        return array.T if self.flipped else array
+
+
+def linear(node: ir.Node) -> Linear | None:
+    """``node`` as a :class:`Linear`, or ``None`` when it is something else."""
+    gemm = is_op(node, "Gemm") or is_op(node, "FusedGemm", domain=(MICROSOFT,))
+    fused = is_op(node, "FusedMatMul", "TransposeMatMul", domain=(MICROSOFT,))
+    if not (gemm or fused or is_op(node, "MatMul")):
+        return None
+    if any(attribute(node, flag, 0) for flag in ("transA", "transBatchA", "transBatchB")):
+        return None
+    x, weight = node.inputs[0], constant(node.inputs[1])
+    if x is None or weight is None or len(weight.shape) != 2 or constant(x) is not None:
+        return None
+    addend = node.inputs[2] if gemm and len(node.inputs) > 2 else None
+    return Linear(
+        node=node,
+        x=x,
+        weight=weight,
+        flipped=bool(attribute(node, "transB", 0)),
+        factor=attribute(node, "alpha", 1.0),
+        addend=None if _is_zero(addend) else addend,
+        addend_factor=attribute(node, "beta", 1.0),
+    )
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    found = constant(value)
+    return value is None or (found is not None and not np.any(found.tensor.numpy()))
