@@ -1,0 +1,139 @@
+"""Files that are either whole or not there: write to a sibling, flush it, rename it over the target.
+
+A file is never changed in place. Another process may have it mapped, and would see half of each content or die of
+SIGBUS; a rename leaves the old inode to those who have it open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from io import RawIOBase
+from pathlib import Path
+from typing import BinaryIO
+
+from adapterx.progress import progress
+
+Buffer = bytes | bytearray | memoryview
+Content = Buffer | Iterable[Buffer] | Callable[[BinaryIO], object]
+
+_COPY_STEP = 32 << 20
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+
+
+def atomic_write(path: str | os.PathLike[str], content: Content) -> None:
+    """Make ``path`` hold ``content``, or leave everything as it was.
+
+    The permissions are those of any new file (0666 less the umask). A symlink at ``path`` is replaced, not followed.
+
+    Args:
+        path: the file; its folder must exist
+        content: bytes, an iterable of bytes, or a function that writes to the binary file it is given
+
+    Raises:
+        OSError: no such folder, no permission, disk full. The old file is whole and no temporary file is left.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> target = pathlib.Path(tempfile.mkdtemp(), "one.txt")
+        >>> atomic_write(target, [b"he", b"llo"])
+        >>> target.read_bytes(), [p.name for p in target.parent.iterdir()]
+        (b'hello', ['one.txt'])
+    """
+    with replacing(path) as file:
+        if callable(content):
+            content(file)
+        else:
+            for piece in [content] if isinstance(content, Buffer) else content:
+                file.write(piece)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new binary file that takes the place of ``path`` when the block ends without an error.
+
+    Raises:
+        OSError: as :func:`atomic_write`.
+    """
+    target = Path(path)
+    folder = target.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "cannot write here, the folder does not exist", str(folder))
+    if target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, "cannot write a file over a folder", str(target))
+    temporary = folder / f".{target.name[:200]}.{secrets.token_hex(6)}.tmp"
+    # Creating it with 0666 lets the kernel apply the umask; reading the umask would race with other threads.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(temporary, flags, 0o666)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - Path.open cannot take a descriptor
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut; where folders cannot be opened (Windows) there is no need."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse to sync a folder; the file itself is complete.
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def copy_file(source: str | os.PathLike[str], target: str | os.PathLike[str], *, description: str = "copying") -> None:
+    """Copy a file of any size, atomically, with a progress bar on a terminal.
+
+    Args:
+        source: a regular file
+        target: replaced when the copy is complete
+        description: the word before the bar
+
+    Raises:
+        OSError: as :func:`atomic_write`; also when ``source`` becomes shorter during the copy.
+    """
+    with Path(source).open("rb", buffering=0) as origin, replacing(target) as copy:
+        total = os.fstat(origin.fileno()).st_size
+        with progress(description, total) as advance:
+            for step in _copied(origin, copy, total):
+                advance(step)
+
+
+def _copied(origin: RawIOBase, copy: BinaryIO, total: int) -> Iterator[int]:
+    """Copy ``total`` bytes, in the kernel where it can (which also shares blocks); yield the size of each step."""
+    in_kernel = hasattr(os, "copy_file_range")
+    done = 0
+    while done < total:
+        step = min(_COPY_STEP, total - done)
+        moved = 0
+        if in_kernel:
+            try:
+                moved = os.copy_file_range(origin.fileno(), copy.fileno(), step, done, done)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+            # Some file systems answer 0 instead of an error.
+            in_kernel = moved > 0
+        if not in_kernel:
+            origin.seek(done)
+            copy.seek(done)
+            moved = copy.write(origin.read(step) or b"")
+        if not moved:
+            raise OSError(errno.EIO, f"the file became shorter during the copy: {done} of {total} bytes")
+        done += moved
+        yield moved
