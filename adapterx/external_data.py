@@ -90,9 +90,12 @@ def external_tensors(model: onnx.ModelProto) -> Iterator[ExternalTensor]:
     Raises:
         ModelError: an offset or length that is no number, or a length that is not that of the tensor's shape.
     """
-    for tensor in _tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            yield _external(tensor)
+    return map(_external, external_protos(model))
+
+
+def external_protos(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """The tensor messages themselves of :func:`external_tensors`, so that a caller can point them elsewhere."""
+    return (tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def _external(tensor: onnx.TensorProto) -> ExternalTensor:

@@ -1,0 +1,163 @@
+"""Models whose adapters are external initializers: one ONNX Runtime session per adapter, the base weights shared.
+
+Each session maps the base's data file, and pages of a file are shared by all who map it, processes included. That
+holds only while ONNX Runtime does not repack them, hence ``session.disable_prepacking``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from adapterx.adapter import Adapter
+from adapterx.errors import ModelError, OptionError
+from adapterx.external_data import check_external_data, external_protos, external_tensors
+from adapterx.runtime.inference import Host, ort, ort_values
+from adapterx.runtime.options import copied, entry
+from adapterx.runtime.ports import port_arrays
+from adapterx.runtime.resident import Resident
+from adapterx.runtime.source import FOLDER_OPTION, ModelSource
+
+_PREPACKING = "session.disable_prepacking"
+
+
+class _Slot:
+    """Where the session of one resident is kept: ``None`` before its first run and after eviction."""
+
+    def __init__(self) -> None:
+        self.building = threading.Lock()
+        self.session: ort.InferenceSession | None = None
+        self.used = 0
+
+
+class BakedModels:
+    """One session per adapter (the base counts as one), made on first use, the least recently used dropped first.
+
+    A run holds the session that it uses, and so does a bound object: a dropped session lives until they let go.
+
+    Args:
+        source: a model in external mode
+        host: providers and options of each session
+        limit: sessions kept
+
+    Raises:
+        ModelError: the graph lacks an initializer that its manifest names.
+        OptionError: a limit below 1, or options that cannot be copied.
+    """
+
+    def __init__(self, source: ModelSource, host: Host, *, limit: int) -> None:
+        if limit < 1:
+            raise OptionError(f"max_sessions must be 1 or more; got {limit}")
+        self._source = dataclasses.replace(source, model=b"")
+        # Every initializer must be there in each session, whatever the manifest calls optional.
+        self._manifest = dataclasses.replace(source.manifest, optional=False)
+        self._ports, self._skeleton, self._folder = _dissected(source)
+        self._host, self._limit = host, limit
+        self._options()
+        self._slots: weakref.WeakKeyDictionary[Resident, _Slot] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._clock = itertools.count(1)
+
+    def tensors(self, _: Adapter | None) -> Mapping[str, ort.OrtValue]:
+        """Nothing is fed."""
+        return {}
+
+    def session(self, resident: Resident, /) -> ort.InferenceSession:
+        """The resident's session; built when it is not there, by one thread while others wait for it."""
+        slot = self._slots.get(resident)
+        if slot is None:
+            with self._lock:
+                slot = self._slots.setdefault(resident, _Slot())
+        slot.used = next(self._clock)
+        session = slot.session
+        if session is not None:
+            return session
+        with slot.building:
+            session = slot.session or self._built(resident.adapter)
+            slot.session = session
+        self._evict(slot)
+        return session
+
+    def _evict(self, newest: _Slot) -> None:
+        with self._lock:
+            others = [slot for slot in self._slots.values() if slot.session is not None and slot is not newest]
+            others.sort(key=lambda slot: slot.used, reverse=True)
+            dropped = []
+            for slot in others[self._limit - 1 :]:
+                dropped.append(slot.session)
+                slot.session = None
+        # Taking a session down takes milliseconds: it happens here, outside the lock.
+        dropped.clear()
+
+    def _built(self, adapter: Adapter | None) -> ort.InferenceSession:
+        arrays = port_arrays(adapter, self._manifest)
+        patch = onnx.ModelProto()
+        for name, port in self._ports.items():
+            tensor = patch.graph.initializer.add()
+            tensor.CopyFrom(port)
+            tensor.ClearField("dims")
+            tensor.dims.extend(arrays[name].shape)
+        options = self._options()
+        # Applied before optimization, unlike add_initializer, so that nothing is folded over a placeholder.
+        values = ort_values(arrays)
+        options.add_external_initializers(list(values), list(values.values()))
+        # The wire format of two messages, one after the other, is that of the two merged: the lists are joined.
+        return self._host.open(self._skeleton + patch.SerializeToString(), where=self._source.where, options=options)
+
+    def _options(self) -> ort.SessionOptions:
+        options = copied(self._host.session_options)
+        if entry(options, _PREPACKING) is None:
+            options.add_session_config_entry(_PREPACKING, "1")
+        if self._folder is not None:
+            options.add_session_config_entry(FOLDER_OPTION, str(self._folder))
+        return options
+
+
+def _dissected(source: ModelSource) -> tuple[dict[str, onnx.TensorProto], bytes, Path | None]:
+    """The ports' initializers, the rest of the model as bytes, and the folder of its external data."""
+    wanted = {name for pair in source.manifest.tensor_names().values() for name in pair}
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(source.graph)
+    initializers = list(skeleton.graph.initializer)
+    ports = {tensor.name: tensor for tensor in initializers if tensor.name in wanted}
+    if lost := sorted(wanted - ports.keys()):
+        raise ModelError(
+            f"{source.where} has no initializer {lost[0]!r}, which its manifest names ({len(lost)} such); "
+            "extract the model again, and optimize it before the extraction if at all"
+        )
+    kept = onnx.GraphProto(initializer=[tensor for tensor in initializers if tensor.name not in wanted])
+    ports = {name: onnx.TensorProto.FromString(tensor.SerializeToString()) for name, tensor in ports.items()}
+    skeleton.graph.ClearField("initializer")
+    skeleton.graph.initializer.extend(kept.initializer)
+    # Shapes that were inferred for one rank are wrong for another; ONNX Runtime infers its own.
+    skeleton.graph.ClearField("value_info")
+    folder = _relocated(skeleton, source)
+    return ports, skeleton.SerializeToString(), folder
+
+
+def _relocated(skeleton: onnx.ModelProto, source: ModelSource) -> Path | None:
+    """Point external tensors at where their files really are, below one folder, which is returned.
+
+    A session from bytes knows no model file, so ONNX Runtime would take Hugging Face's links for a way out.
+    """
+    if source.folder is None:
+        return None
+    model_file = Path(source.model) if isinstance(source.model, str) else None
+    # Once more and without exceptions: a manifest could have named a base weight's file as the adapters' own.
+    check_external_data(skeleton, source.folder, model_file=model_file)
+    files = {tensor.location: (source.folder / tensor.location).resolve() for tensor in external_tensors(skeleton)}
+    root = source.folder.resolve()
+    if not all(file.is_relative_to(root) for file in files.values()):
+        root = Path(os.path.commonpath([file.parent for file in files.values()]))
+    for tensor in external_protos(skeleton):
+        for field in tensor.external_data:
+            if field.key == "location":
+                field.value = files[field.value].relative_to(root).as_posix()
+    return root

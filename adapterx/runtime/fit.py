@@ -1,0 +1,170 @@
+"""Does this adapter belong to this model? Asked once, before a session sees it; every fault is told at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
+import numpy as np
+
+from adapterx.adapter import Adapter, Array, LowRank
+from adapterx.errors import MismatchError, nearest
+from adapterx.manifest import Manifest
+from adapterx.runtime.names import renaming
+from adapterx.runtime.split import fused_sites, split
+from adapterx.site import AdapterSite, by_name
+
+_SHOWN = 50
+# One look for a near name compares with every site: a hostile file of 20,000 names must not take minutes.
+_NEAREST = 12
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Fault:
+    place: str
+    cause: str
+
+
+def fit(adapter: Adapter, manifest: Manifest, *, name: str, allow_other_base: bool = False) -> Adapter:
+    """The adapter as this model takes it: the model's names, dtype and parts.
+
+    Args:
+        adapter: what a reader made
+        manifest: what the model says of itself
+        name: what messages call the adapter
+        allow_other_base: take an adapter although it says that it was made for another base
+
+    Returns:
+        ``adapter`` itself when nothing had to change. Arrays that need no cast are shared, not copied.
+
+    Raises:
+        MismatchError: naming every fault: unknown sites, shapes, ranks of fixed ports, dtypes, the base's fingerprint.
+    """
+    made_for = adapter.metadata.get("base_fingerprint", "")
+    faults = []
+    if made_for and manifest.fingerprint and made_for != manifest.fingerprint and not allow_other_base:
+        cause = (
+            f"adapter was made for {made_for[:12]}, model is {manifest.fingerprint[:12]}; "
+            "allow_other_base=True takes it all the same"
+        )
+        faults.append(_Fault("base", cause))
+    fixed_rank = manifest.port != "external" and not manifest.dynamic_rank
+    return _fitted(adapter, manifest.sites, name=name, fixed_rank=fixed_rank, faults=faults)
+
+
+def fitted(
+    adapter: Adapter, sites: Iterable[AdapterSite], *, name: str = "adapter", fixed_rank: bool = False
+) -> Adapter:
+    """The adapter under the names, dtypes and parts of ``sites``; sites that it lacks stay absent.
+
+    Names must be equal, but for one dotted prefix that all names of one side have more than the other's
+    (``model.encoder.layer.0.q`` and ``encoder.layer.0.q``), and only when a single such prefix fits.
+
+    Args:
+        adapter: what a reader made
+        sites: the model's sites
+        name: what messages call the adapter
+        fixed_rank: ports take up to the sites' own rank; else any
+
+    Raises:
+        MismatchError: naming every fault.
+
+    Example:
+        >>> from adapterx.site import AdapterSite
+        >>> site = AdapterSite("m.fc", "", "lora", "MatMul", 4, 3, 2, 1.0, "float32", "structure", "")
+        >>> fitted(Adapter({"fc": LowRank(a=np.ones((2, 4)), b=np.ones((2, 3)))}), [site]).sites["m.fc"].dtype
+        dtype('float32')
+    """
+    return _fitted(adapter, sites, name=name, fixed_rank=fixed_rank, faults=[])
+
+
+def _fitted(
+    adapter: Adapter, sites: Iterable[AdapterSite], *, name: str, fixed_rank: bool, faults: list[_Fault]
+) -> Adapter:
+    table = by_name(sites)
+    fused = fused_sites(table)
+    rename = renaming(adapter.sites, {*table, *fused})
+    found: dict[str, LowRank] = {}
+    for given, low_rank in adapter.sites.items():
+        target = rename(given)
+        parts = fused.get(target, (table[target],) if target in table else ())
+        causes = list(_causes(low_rank, parts, fixed_rank=fixed_rank)) if parts else ["no such site"]
+        faults.extend(_Fault(given, cause) for cause in causes or _place(found, parts, low_rank))
+    if faults:
+        raise MismatchError(_message(name, faults, len(adapter.sites), [*table, *fused]))
+    unchanged = found.keys() == adapter.sites.keys() and all(found[s] is adapter.sites[s] for s in found)
+    return adapter if unchanged else Adapter(found, adapter.metadata)
+
+
+def _place(found: dict[str, LowRank], parts: tuple[AdapterSite, ...], low_rank: LowRank) -> list[str]:
+    pieces = split(low_rank, [part.d_out for part in parts]) if len(parts) > 1 else [low_rank]
+    causes = []
+    for part, piece in zip(parts, pieces, strict=True):
+        cast = _cast(piece, part.dtype)
+        if part.name in found:
+            causes.append(f"{part.name} is given twice")
+        elif cast is None:
+            causes.append(f"finite {low_rank.dtype} values become infinite in the model's {part.dtype}")
+        else:
+            found[part.name] = cast
+    return list(dict.fromkeys(causes))
+
+
+def _causes(low_rank: LowRank, parts: tuple[AdapterSite, ...], *, fixed_rank: bool) -> Iterator[str]:
+    d_in, d_out = parts[0].d_in, sum(part.d_out for part in parts)
+    if (low_rank.d_in, low_rank.d_out) != (d_in, d_out):
+        wide = f"{d_out} ({' + '.join(str(part.d_out) for part in parts)})" if len(parts) > 1 else str(d_out)
+        shapes = f"adapter is {low_rank.a.shape} -> {low_rank.d_out}, model is {d_in} -> {wide}"
+        yield shapes + _transposed(low_rank, d_in, d_out)
+    limit = min(part.rank for part in parts)
+    if fixed_rank and low_rank.rank > limit:
+        yield f"adapter has rank {low_rank.rank}, the model's port takes {limit}; extract with dynamic_rank=True"
+    if not _is_float(low_rank.dtype):
+        yield f"adapter is {low_rank.dtype}, model takes {parts[0].dtype}"
+
+
+def _transposed(low_rank: LowRank, d_in: int, d_out: int) -> str:
+    if (low_rank.d_in, low_rank.d_out) == (d_out, d_in):
+        return "; only the transpose fits: it was made for a weight that lies [d_in, d_out], or a and b are swapped"
+    if low_rank.rank == d_in == d_out and low_rank.d_in == low_rank.d_out:
+        return "; only the transpose fits: a and b must lie [rank, d_in] and [rank, d_out]"
+    return ""
+
+
+def _is_float(dtype: np.dtype[np.generic]) -> bool:
+    return dtype.name.startswith(("float", "bfloat"))
+
+
+def _cast(low_rank: LowRank, dtype: str) -> LowRank | None:
+    """In the model's dtype; ``None`` when a finite value would become infinite."""
+    wanted = np.dtype(dtype)
+    if low_rank.dtype == wanted:
+        return low_rank
+    a, b = _narrowed(low_rank.a, wanted), _narrowed(low_rank.b, wanted)
+    return None if a is None or b is None else LowRank(a=a, b=b)
+
+
+def _narrowed(array: Array, dtype: np.dtype[np.generic]) -> Array | None:
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    # No float of four bytes or fewer has a value that float32 lacks.
+    if dtype.itemsize >= max(4, array.dtype.itemsize):
+        return cast
+    return None if np.any(np.isfinite(array) & ~np.isfinite(cast)) else cast
+
+
+def _message(name: str, faults: list[_Fault], of: int, known: list[str]) -> str:
+    lines, looked = [], 0
+    for fault in faults[:_SHOWN]:
+        hint = ""
+        if fault.cause == "no such site" and looked < _NEAREST:
+            hint, looked = nearest(fault.place, known), looked + 1
+        place = fault.place if fault.place.isprintable() else repr(fault.place)
+        lines.append(f"  {place}: {fault.cause}{hint}")
+    if len(faults) > _SHOWN:
+        lines.append(f"  and {len(faults) - _SHOWN} more")
+    places = len({fault.place for fault in faults if fault.place != "base"})
+    at = f" at {places} of {of} sites" if places else ""
+    head = f"adapter {name!r} does not fit this model{at}:"
+    return "\n".join([head, *lines, "Export both from one checkpoint. `adapterx sites model.onnx` lists the model's."])

@@ -1,0 +1,47 @@
+"""Resident: an adapter that a session holds ready, as one value that a run can pin."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from adapterx.adapter import Adapter
+from adapterx.runtime.inference import ort
+
+
+class Identity(NamedTuple):
+    """What a cache of results must be keyed by: names are given again, and equal bytes may be loaded twice."""
+
+    content_hash: str
+    generation: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Resident:
+    """Whoever holds this can run it, whatever is loaded or unloaded meanwhile; the last holder frees it.
+
+    Args:
+        adapter: fitted; ``None`` is the base
+        generation: counts every load of the session, so that no two are alike
+        tensors: the feeds, empty where adapters are not fed
+    """
+
+    adapter: Adapter | None
+    generation: int
+    tensors: Mapping[str, ort.OrtValue]
+
+    @property
+    def identity(self) -> Identity:
+        """Hash of the content and generation. The hash is computed once, on first use: it costs more than a load."""
+        return Identity(self.adapter.content_hash if self.adapter else "", self.generation)
+
+
+class Runnable(Protocol):
+    """A model that can run residents: :class:`~adapterx.runtime.fed.FedModel` or ``BakedModels``."""
+
+    def tensors(self, adapter: Adapter | None) -> Mapping[str, ort.OrtValue]:
+        """What is fed for a fitted adapter."""
+
+    def session(self, resident: Resident, /) -> ort.InferenceSession:
+        """The ONNX Runtime session that runs it."""

@@ -1,0 +1,222 @@
+"""AdapterSession: an ONNX Runtime session that knows its sites and picks an adapter per run."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from adapterx.adapter import Adapter
+from adapterx.errors import OptionError, UnknownAdapter, nearest
+from adapterx.manifest import Manifest
+from adapterx.runtime.baked import BakedModels
+from adapterx.runtime.bound import Bound
+from adapterx.runtime.fed import FedModel
+from adapterx.runtime.fit import fit
+from adapterx.runtime.inference import Host, Provider, ort
+from adapterx.runtime.options import entry
+from adapterx.runtime.ports import port_names
+from adapterx.runtime.resident import Identity, Resident, Runnable
+from adapterx.runtime.signature import Signature, TensorInfo
+from adapterx.runtime.source import FOLDER_OPTION, ModelLike, ModelSource, read_source
+from adapterx.site import SiteTable
+
+AdapterLike: TypeAlias = Adapter | str | os.PathLike[str]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class AdapterSession:
+    """One base model, many adapters; safe to use from many threads at once.
+
+    ``run`` takes no lock. It takes a reference to the adapter that it finds under the name, and computes with that one
+    to the end, whatever is loaded, replaced or unloaded meanwhile.
+
+    Args:
+        model: an extracted model: a path, its bytes, or a ``ModelProto`` (bytes only without external data)
+        adapters: names -> paths or adapters, as for :meth:`load_adapter`
+        providers: as for ``onnxruntime.InferenceSession``; one that is missing or does not start is an error here
+        session_options: the host's own; used, never changed. In external mode every adapter needs options of its own,
+            and gets copies, which cannot carry what ONNX Runtime does not give back (custom operator libraries).
+        provider_options: as for ``onnxruntime.InferenceSession``
+        max_sessions: in external mode, how many inner sessions are kept (the base counts); without meaning in others
+        allow_other_base: take adapters that say that they were made for another base
+
+    Raises:
+        ModelError: no model, not extracted yet, unsafe external data, or ONNX Runtime cannot load it.
+        OptionError: a name, provider or option that does not exist.
+        MismatchError: an adapter that does not belong to this model.
+        FormatError: an adapter file that is broken.
+        MissingDependency: ONNX Runtime is not installed.
+
+    Example::
+
+        session = AdapterSession("out/model.onnx", adapters={"fr": "fr.safetensors"})
+        session.run(None, feeds)                # the base model
+        session.run(None, feeds, adapter="fr")  # the base with one adapter
+    """
+
+    def __init__(
+        self,
+        model: ModelLike,
+        adapters: Mapping[str, AdapterLike] | None = None,
+        *,
+        providers: Sequence[Provider] | None = None,
+        session_options: ort.SessionOptions | None = None,
+        provider_options: Sequence[Mapping[str, Any]] | None = None,
+        max_sessions: int = 4,
+        allow_other_base: bool = False,
+    ) -> None:
+        host = Host(providers, provider_options, session_options)
+        source = read_source(model, folder=entry(session_options, FOLDER_OPTION))
+        self._manifest, self._allow_other_base = source.manifest, allow_other_base
+        self._model = _runnable(source, host, max_sessions)
+        self._generations = itertools.count(1)
+        self._base = Resident(None, 0, self._model.tensors(None))
+        opened = self._model.session(self._base)
+        self._signature = Signature.of(opened, port_names(source.manifest))
+        self._providers: tuple[str, ...] = tuple(opened.get_providers())
+        self._writing = threading.Lock()
+        self._residents: Mapping[str, Resident] = {}
+        for name, adapter in (adapters or {}).items():
+            self.load_adapter(name, adapter)
+
+    def run(
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Mapping[str, Any],
+        run_options: ort.RunOptions | None = None,
+        *,
+        adapter: str | None = None,
+    ) -> list[Any]:
+        """Run the model, with one adapter for the whole batch or as the base.
+
+        Args:
+            output_names: outputs to compute; ``None`` for all
+            feeds: input name -> array or ``OrtValue``
+            run_options: passed on to ONNX Runtime
+            adapter: a loaded name; ``None`` is the base
+
+        Returns:
+            One array an output, in the order of ``output_names``.
+
+        Raises:
+            UnknownAdapter: no adapter of that name.
+            FeedError: feeds or output names that do not fit the model.
+        """
+        resident = self._resident(adapter)
+        outputs = self._signature.checked_outputs(output_names)
+        checked = self._signature.checked_feeds(feeds)
+        results: list[Any] = self._model.session(resident).run(outputs, {**checked, **resident.tensors}, run_options)
+        return results
+
+    def bind(self, adapter: str | None = None) -> Bound:
+        """The session with ``adapter``'s tensors bound once, for many runs in one thread.
+
+        Raises:
+            UnknownAdapter: no adapter of that name.
+        """
+        return Bound(self._model, self._signature, self._resident, adapter)
+
+    def load_adapter(self, name: str, adapter: AdapterLike) -> None:
+        """Make an adapter runnable under ``name``; one that has the name is replaced.
+
+        Runs that have begun finish with the adapter that they began with. When this raises, nothing has changed.
+
+        Args:
+            name: letters, digits, ``.``, ``_`` and ``-``, at most 64, the first a letter or digit
+            adapter: an ``Adapter``, or the path of a file or PEFT folder
+
+        Raises:
+            OptionError: not such a name.
+            FormatError: a file that is broken, or no adapter.
+            MismatchError: an adapter that does not belong to this model.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise OptionError(
+                f"{name!r} cannot name an adapter: take 1 to 64 of letters, digits, '.', '_' and '-', "
+                "beginning with a letter or digit"
+            )
+        whole = adapter if isinstance(adapter, Adapter) else _read(adapter)
+        fitting = fit(whole, self._manifest, name=name, allow_other_base=self._allow_other_base)
+        tensors = self._model.tensors(fitting)
+        with self._writing:
+            resident = Resident(fitting, next(self._generations), tensors)
+            self._residents = {**self._residents, name: resident}
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget the name. The memory is freed when the last run and the last bound object let go of it.
+
+        Raises:
+            UnknownAdapter: no adapter of that name.
+        """
+        with self._writing:
+            self._found(name)
+            self._residents = {other: held for other, held in self._residents.items() if other != name}
+
+    def identity(self, name: str) -> Identity:
+        """Content hash and generation of a loaded adapter: the key for whatever is cached of its results.
+
+        A name is no key, for it can be given again. The first call hashes the adapter's bytes.
+
+        Raises:
+            UnknownAdapter: no adapter of that name.
+        """
+        return self._found(name).identity
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """What is loaded at this moment, in the order of loading: the adapters as they were fitted. Read-only."""
+        held = self._residents
+        return MappingProxyType({name: kept.adapter for name, kept in held.items() if kept.adapter is not None})
+
+    @property
+    def sites(self) -> SiteTable:
+        """The places where adapters act."""
+        return self._manifest.sites
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the model says of its ports."""
+        return self._manifest
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers in use, in order."""
+        return list(self._providers)
+
+    def get_inputs(self) -> list[TensorInfo]:
+        """What :meth:`run` must be fed: the model's inputs without the adapter ports."""
+        return list(self._signature.inputs.values())
+
+    def get_outputs(self) -> list[TensorInfo]:
+        """What the model gives."""
+        return list(self._signature.outputs.values())
+
+    def _resident(self, name: str | None) -> Resident:
+        return self._base if name is None else self._found(name)
+
+    def _found(self, name: str) -> Resident:
+        held = self._residents
+        try:
+            return held[name]
+        except (KeyError, TypeError):
+            loaded = ", ".join(held) or "none"
+            message = f"no adapter {name!r} is loaded{nearest(str(name), held)}; loaded: {loaded}"
+            raise UnknownAdapter(message) from None
+
+
+def _runnable(source: ModelSource, host: Host, max_sessions: int) -> Runnable:
+    if source.manifest.port == "external":
+        return BakedModels(source, host, limit=max_sessions)
+    return FedModel(source, host)
+
+
+def _read(path: str | os.PathLike[str]) -> Adapter:
+    from adapterx.formats import load_adapter  # noqa: PLC0415
+
+    return load_adapter(path)

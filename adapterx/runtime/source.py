@@ -1,0 +1,104 @@
+"""Read what a session must know of a model before ONNX Runtime opens it: its graph, its manifest, its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
+
+from adapterx.errors import ModelError
+from adapterx.external_data import check_external_data, external_tensors
+from adapterx.manifest import Manifest, manifest_of
+
+FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+
+ModelLike: TypeAlias = str | os.PathLike[str] | bytes | onnx.ModelProto
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that has been looked at but not opened.
+
+    Args:
+        where: what messages call it
+        model: what ONNX Runtime gets: a path, so that it maps external weights, or the bytes
+        graph: the proto without external weights
+        manifest: what the model says of its adapters
+        folder: where external data lies, ``None`` when there is none
+    """
+
+    where: str
+    model: str | bytes
+    graph: onnx.ModelProto
+    manifest: Manifest
+    folder: Path | None
+
+
+def read_source(model: ModelLike, *, folder: str | None = None) -> ModelSource:
+    """Look at a model: parse the graph, check its external data, find its manifest.
+
+    Args:
+        model: a path, the bytes of a model, or a ``ModelProto`` (which is not changed)
+        folder: where the external data of bytes lies
+
+    Raises:
+        ModelError: no such file, no ONNX model, no manifest, external data that may not be read, or bytes whose
+            external data lies who knows where.
+    """
+    if isinstance(model, (bytes, onnx.ModelProto)):
+        return _from_memory(model, folder)
+    path = Path(model)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such model file")
+    graph = _parsed(path.read_bytes(), str(path))
+    manifest = _manifest(graph, str(path))
+    check_external_data(graph, path.parent, ignore=_ports(manifest), model_file=path)
+    return ModelSource(str(path), str(path), graph, manifest, path.parent)
+
+
+def _from_memory(model: bytes | onnx.ModelProto, folder: str | None) -> ModelSource:
+    where = "the model in memory"
+    try:
+        content = model if isinstance(model, bytes) else model.SerializeToString()
+    except ValueError as error:
+        raise ModelError(f"{where} cannot be serialized ({error}); save it and give its path") from None
+    graph = model if isinstance(model, onnx.ModelProto) else _parsed(content, where)
+    manifest = _manifest(graph, where)
+    outside = [tensor for tensor in external_tensors(graph) if tensor.location not in _ports(manifest)]
+    if outside and folder is None:
+        raise ModelError(
+            f"{where}: tensor {outside[0].name!r} lies in the file {outside[0].location!r}, and bytes have no folder; "
+            f"give the model's path, or session_options with {FOLDER_OPTION!r}"
+        )
+    if folder is not None:
+        check_external_data(outside, Path(folder))
+    return ModelSource(where, content, graph, manifest, Path(folder) if folder is not None else None)
+
+
+def _parsed(content: bytes, where: str) -> onnx.ModelProto:
+    try:
+        graph: onnx.ModelProto = onnx.ModelProto.FromString(content)
+    except DecodeError:
+        raise ModelError(f"{where} is no ONNX model: {len(content)} bytes that do not parse") from None
+    if not graph.HasField("graph"):
+        raise ModelError(f"{where} is no ONNX model: {len(content)} bytes without a graph")
+    return graph
+
+
+def _manifest(graph: onnx.ModelProto, where: str) -> Manifest:
+    manifest = manifest_of({entry.key: entry.value for entry in graph.metadata_props}, where=where)
+    if manifest is None:
+        raise ModelError(
+            f"{where} has no ports for adapters; run `adapterx extract` on it first (adapterx.extract_adapters) "
+            "and open the model that it writes"
+        )
+    return manifest
+
+
+def _ports(manifest: Manifest) -> frozenset[str]:
+    location = manifest.location if manifest.port == "external" else None
+    return frozenset([location] if location is not None else [])
