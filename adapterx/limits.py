@@ -34,3 +34,6 @@ class Limits:
     json_depth: int = 16
     config_bytes: int = 1 << 20
     inflation: int = 20
+
+
+DEFAULT_LIMITS = Limits()

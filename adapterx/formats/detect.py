@@ -1,0 +1,50 @@
+"""Which format a file has, by what is in it: names lie."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from adapterx.errors import FormatError
+from adapterx.formats.file_bytes import FileBytes
+
+Format = Literal["safetensors", "onnx_adapter", "npz"]
+
+BY_SUFFIX: dict[str, Format] = {".safetensors": "safetensors", ".onnx_adapter": "onnx_adapter", ".npz": "npz"}
+PICKLE_ADVICE = (
+    "this is a pickle, which runs code when it is opened; nothing was read. If you trust it, load it with PEFT and "
+    "write it again with save_pretrained(folder), which gives adapter_model.safetensors"
+)
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+
+
+def format_of(file: FileBytes) -> Format:
+    """The format that the first bytes tell; where they tell nothing, the suffix, whose reader then says what is wrong.
+
+    Raises:
+        FormatError: a pickle, two formats at once, or none that is known.
+    """
+    head = file.head(256)
+    if head[:1] == b"\x80" or (head.startswith(b"PK") and b"data.pkl" in head):
+        raise FormatError(f"{file.path}: {PICKLE_ADVICE}")
+    signs: dict[Format, bool] = {
+        "npz": head.startswith((b"PK\x03\x04", b"PK\x05\x06")),
+        "onnx_adapter": head[4:8] == b"TORT",
+        # A header of a plausible length is a JSON object.
+        "safetensors": head[8:9] == b"{" and head[5:8] == b"\0\0\0",
+    }
+    found = [name for name, sign in signs.items() if sign]
+    if len(found) > 1:
+        raise FormatError(
+            f"{file.path}: it can be read as {' and as '.join(found)}; which one is meant cannot be known"
+        )
+    if found:
+        return found[0]
+    suffix = file.path.suffix.lower()
+    if suffix in _PICKLE_SUFFIXES:
+        raise FormatError(f"{file.path}: {PICKLE_ADVICE}")
+    if suffix in BY_SUFFIX:
+        return BY_SUFFIX[suffix]
+    raise FormatError(
+        f"{file.path}: no adapter file, it begins with {head[:8]!r}; expected .safetensors, .onnx_adapter, .npz or a "
+        "PEFT folder"
+    )

@@ -1,0 +1,150 @@
+"""safetensors files: a length, a JSON header, the bytes of the tensors. `docs/formats.md` says how we use them.
+
+The header is parsed here, because the safetensors package takes duplicate keys (the last one wins), and its numpy
+side does not know bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from adapterx.adapter import Adapter, Array
+from adapterx.atomic import Buffer, atomic_write
+from adapterx.errors import FormatError
+from adapterx.formats.dtypes import BY_DTYPE, BY_SAFETENSORS, NAMES
+from adapterx.formats.faults import Faults
+from adapterx.formats.file_bytes import FileBytes
+from adapterx.formats.finite import all_finite
+from adapterx.formats.json_text import json_object
+from adapterx.formats.tensor_table import Layout, TensorTable, tensors_to_write
+from adapterx.limits import Limits
+
+MARK = "adapterx"
+VERSION = "1"
+
+# What an Adapter says of where it lay; another file is another place, and equal adapters shall be equal files.
+_NOT_WRITTEN = {"source", "format", "format_version"}
+_ADVICE = "The file is broken: download or export it again."
+_Entry = tuple[str, np.dtype[Any], tuple[int, ...], int, int]
+
+
+def read(file: FileBytes, limits: Limits) -> TensorTable:
+    """The tensors of a safetensors file, as views of the file's one buffer.
+
+    Raises:
+        FormatError: the header is no valid JSON, names a tensor twice, or does not account for each byte once.
+    """
+    start, header = _header(file, limits)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{file.path}: __metadata__ must map strings to strings; {_ADVICE}")
+    if len(header) > limits.tensors:
+        raise FormatError(f"{file.path}: the header names {len(header)} tensors, at most {limits.tensors} are read")
+    entries = _entries(file, header, limits, data_bytes=file.size - start)
+    kinds = {dtype for _, dtype, _, _, _ in entries}
+    finite = len(kinds) == 1
+    for piece in file.advance(file.size):
+        # All tensors of one type: pieces can be checked as they come. The sum of the sizes is known to be whole
+        # elements, and so is a piece.
+        finite = finite and all_finite(piece.view(next(iter(kinds))))
+    data = file.whole()
+    arrays: dict[str, Array] = {
+        name: np.ndarray(shape, dtype, buffer=data, offset=start + begin) for name, dtype, shape, begin, _ in entries
+    }
+    layout: Layout = "rank_first" if metadata.get("format") == MARK else "by_shape"
+    return TensorTable(str(file.path), arrays, metadata, layout, finite)
+
+
+def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Write ``adapter``; equal adapters with equal provenance give equal bytes.
+
+    Raises:
+        FormatError: an element type that the format does not have, or a rank of 0.
+    """
+    tensors = sorted(tensors_to_write(adapter.sites, str(path)), key=lambda named: (-named[1].dtype.itemsize, named[0]))
+    kept = {key: adapter.metadata[key] for key in sorted(adapter.metadata) if key not in _NOT_WRITTEN}
+    header: dict[str, Any] = {"__metadata__": {"format": MARK, "format_version": VERSION, **kept}}
+    end = 0
+    for name, array in tensors:
+        code = BY_DTYPE[array.dtype].safetensors
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The data begins at a multiple of 8, so that a mapped file can be used as it lies.
+    text += b" " * (-len(text) % 8)
+
+    def pieces() -> Iterator[Buffer]:
+        yield struct.pack("<Q", len(text)) + text
+        for _, array in tensors:
+            yield array.reshape(-1).view(np.uint8).data
+
+    atomic_write(path, pieces())
+
+
+def _header(file: FileBytes, limits: Limits) -> tuple[int, dict[str, Any]]:
+    """Where the data starts, and the parsed header."""
+    prefix = file.head(8)
+    if len(prefix) < 8:
+        raise FormatError(f"{file.path}: {file.size} bytes cannot be a safetensors file; {_ADVICE}")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > limits.header_bytes:
+        raise FormatError(f"{file.path}: its header says {length:,} bytes, at most {limits.header_bytes:,} are read")
+    if 8 + length > file.size:
+        raise FormatError(f"{file.path}: its header says {length:,} bytes, the file has {file.size:,}; {_ADVICE}")
+    text = file.head(8 + length)[8:]
+    return 8 + length, json_object(text, where=f"{file.path} (header)")
+
+
+def _entries(file: FileBytes, header: Mapping[str, Any], limits: Limits, *, data_bytes: int) -> list[_Entry]:
+    """Name, type, shape, begin and end of each tensor, in the order of the data."""
+    faults = Faults(str(file.path))
+    entries: list[_Entry] = []
+    for name, entry in header.items():
+        try:
+            entries.append((name, *_entry(entry, limits)))
+        except ValueError as cause:
+            faults.add(name, str(cause))
+    entries.sort(key=lambda entry: entry[3:])
+    filled = 0
+    for name, _, _, begin, end in entries:
+        if begin != filled and not faults.found:
+            what = "overlaps the tensor before it" if begin < filled else "leaves a hole before it"
+            faults.add(name, f"{what}: its data begins at {begin}, expected {filled}")
+        filled = end
+    if not faults.found and filled != data_bytes:
+        much = "is truncated" if filled > data_bytes else "has bytes that belong to no tensor"
+        faults.add("data", f"the file {much}: the header accounts for {filled:,} bytes, there are {data_bytes:,}")
+    faults.refuse("not a sound safetensors file", advice=_ADVICE)
+    return entries
+
+
+def _entry(entry: Any, limits: Limits) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+    """Type, shape, begin and end; ValueError with the cause."""
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        code = shape = begin = end = None
+    if type(code) is not str or type(shape) is not list:
+        raise ValueError("expected dtype, shape and two data_offsets")
+    if len(shape) > limits.ndim:
+        raise ValueError(f"it has {len(shape)} dimensions, at most {limits.ndim} are read")
+    for number in (*shape, begin, end):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"expected whole numbers that are not negative, got {number!r:.40}")
+    dtype = BY_SAFETENSORS.get(code)
+    if dtype is None:
+        raise ValueError(f"its element type is {code[:20]!r}, expected one of {', '.join(BY_SAFETENSORS)} ({NAMES})")
+    expected = dtype.itemsize
+    for size in shape:
+        expected *= size
+    if not expected:
+        raise ValueError(f"it has no elements, its shape is {tuple(shape)}")
+    if end - begin != expected:
+        raise ValueError(f"shape {tuple(shape)} of {code} takes {expected} bytes, data_offsets give {end - begin}")
+    return dtype, tuple(shape), begin, end
