@@ -25,7 +25,7 @@ from adapterx.formats.zip_members import archive, content, members
 from adapterx.limits import Limits
 
 _MAGIC = b"\x93NUMPY"
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 _DESCR = {np.dtype(np.float32): "<f4", np.dtype(np.float16): "<f2", _BFLOAT16: "<V2"}
 
 # numpy itself evaluates this text as Python; every writer spells it like this.

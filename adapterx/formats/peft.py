@@ -66,7 +66,7 @@ def beside(table: TensorTable, folder: Path, open_file: _Open, limits: Limits) -
     Raises:
         FormatError, UnsupportedAdapter: as :func:`read`.
     """
-    if not (folder / peft_config.NAME).exists():
+    if not has_config(folder):
         raise FormatError(
             f"{table.where}: tensors of PEFT, whose scale stands in {peft_config.NAME}, and there is none beside it; "
             "pass the PEFT folder"
@@ -93,6 +93,11 @@ def beside(table: TensorTable, folder: Path, open_file: _Open, limits: Limits) -
     return dataclasses.replace(table, arrays=arrays, layout="peft"), lora
 
 
+def has_config(folder: Path) -> bool:
+    """Whether ``folder`` has an ``adapter_config.json``."""
+    return (folder / peft_config.NAME).is_file()
+
+
 def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
@@ -101,7 +106,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _listed(folder: Path, present: list[str]) -> str:
-    inner = [name for name in present if (folder / name / peft_config.NAME).is_file()]
+    inner = [name for name in present if has_config(folder / name)]
     if inner:
         return f"its folder {inner[0]} is one, pass {folder / inner[0]}"
     shown = ", ".join(present[:20]) + (", ..." if len(present) > 20 else "")
