@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from adapterx.adapter import Adapter, Array, LowRank
 from adapterx.errors import ModelError, OptionError
@@ -19,7 +20,7 @@ from adapterx.graph.branches import Branch
 from adapterx.graph.load import ModelLike, check_model, load_model
 from adapterx.graph.ports import Masks, PortOptions, add_ports
 from adapterx.graph.rewire import bypass, rewire
-from adapterx.graph.save import save_model
+from adapterx.graph.save import all_or_nothing, save_model
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
 from adapterx.graph.view import linear
 from adapterx.manifest import KEY, MASK, Manifest, manifest_of
@@ -108,11 +109,14 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     whole = _sum([Adapter(a.sites, {**a.metadata, "base_fingerprint": fingerprint}) for a in adapters.values()])
     path.parent.mkdir(parents=True, exist_ok=True)
     adapter_path = path.parent / f"adapter.{adapter_format}"
-    save_adapter(whole, adapter_path)
+    files = {adapter_path: whole}
     if len(adapters) > 1:
-        for name, one in adapters.items():
-            save_adapter(one, path.parent / f"adapter.{name}.{adapter_format}")
-    save_model(loaded, path, ours=manifest.location, share_weights=port == "external")
+        files |= {path.parent / f"adapter.{name}.{adapter_format}": one for name, one in adapters.items()}
+    with all_or_nothing() as written:
+        for file, one in files.items():
+            save_adapter(one, file)
+            written.append(file)
+        save_model(loaded, path, written, ours=manifest.location, share_weights=port == "external")
     return Extraction(path, adapter_path, whole, adapters, manifest.sites)
 
 
@@ -219,7 +223,7 @@ def _x_ranks(model: ir.Model, branches: list[Branch]) -> dict[Branch, int]:
     ranks = {branch: len(branch.x.shape) for branch in branches if branch.x.shape is not None}
     missing = [branch for branch in branches if branch not in ranks]
     if missing:
-        inferred = ir.passes.common.ShapeInferencePass()(model.clone()).model
+        inferred = ShapeInferencePass()(model.clone()).model
         shapes = {v.name: v.shape for graph in inferred.graphs() for node in graph for v in node.outputs}
         shapes |= {value.name: value.shape for value in inferred.graph.inputs}
         for branch in missing:

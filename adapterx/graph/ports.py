@@ -103,17 +103,35 @@ def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options:
     _add_input(model, value, ((0 if options.dynamic_rank else rows), width) if options.optional else None)
     if len(pack.sites) == 1:
         return {pack.sites[0]: value}
-    # Split without sizes cuts equal parts; from opset 18 on it must be told how many.
-    count = {"num_outputs": len(pack.sites)} if model.opset_imports.get("", 1) >= 18 else {}
-    split = ir.node(
-        "Split", [value], attributes={"axis": 0, **count}, num_outputs=len(pack.sites), name=f"{pack.name}.split"
-    )
+    inputs, nodes = [value], []
+    if model.opset_imports.get("", 1) >= 13:
+        nodes = _equal_parts(model, value, len(pack.sites))
+        inputs.append(nodes[-1].outputs[0])
+    split = ir.node("Split", inputs, attributes={"axis": 0}, num_outputs=len(pack.sites), name=f"{pack.name}.split")
     for output, site in zip(split.outputs, pack.sites, strict=True):
         output.name = tensor_name(site, pack.side)
         output.type = value.type
         output.shape = ir.Shape([rank_symbol(pack.name) if options.dynamic_rank else first.rank, width])
-    _prepend(model, [split])
+    _prepend(model, [*nodes, split])
     return dict(zip(pack.sites, split.outputs, strict=True))
+
+
+def _equal_parts(model: ir.Model, value: ir.Value, count: int) -> list[ir.Node]:
+    """Nodes that compute the sizes of ``count`` equal parts: left to itself, ORT's Split refuses to cut zero rows."""
+    numbers = {"first": [0], "count": [count]}
+    constants = []
+    for what, number in numbers.items():
+        tensor = ir.tensor(np.array(number, np.int64), name=f"{value.name}.{what}")
+        constants.append(_registered(model, tensor))
+    first, parts = constants
+    shape = ir.node("Shape", [value], name=f"{value.name}.shape")
+    rows = ir.node("Gather", [shape.outputs[0], first], name=f"{value.name}.rows")
+    size = ir.node("Div", [rows.outputs[0], parts], name=f"{value.name}.size")
+    sizes = ir.node("Expand", [size.outputs[0], parts], name=f"{value.name}.sizes")
+    nodes = [shape, rows, size, sizes]
+    for node in nodes:
+        node.outputs[0].name = node.name
+    return nodes
 
 
 def _packs(sites: list[AdapterSite]) -> tuple[Pack, ...]:
@@ -174,12 +192,16 @@ class Masks:
             return ir.node("Unsqueeze", [value], attributes={"axes": axes}, name=name)
         where = self._model.graph.initializers.get(f"{name}.axes")
         if where is None:
-            tensor = ir.tensor(np.array(axes, np.int64), name=f"{name}.axes")
-            where = ir.Value(
-                name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(axes)]), const_value=tensor
-            )
-            self._model.graph.register_initializer(where)
+            where = _registered(self._model, ir.tensor(np.array(axes, np.int64), name=f"{name}.axes"))
         return ir.node("Unsqueeze", [value, where], name=name)
+
+
+def _registered(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer."""
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
 
 
 def _add_input(model: ir.Model, value: ir.Value, default: tuple[int, int] | None, *, fill: float = 0.0) -> None:

@@ -20,41 +20,44 @@ _EXTERNAL_FROM_BYTES = 1024
 _ALIGNMENT = 4096
 
 
-def save_model(model: ir.Model, path: Path, *, ours: str | None, share_weights: bool) -> list[Path]:
-    """Save ``model`` at ``path`` with all the data files that it names.
-
-    Args:
-        model: external tensors still point at their source folder
-        path: target of the graph; data files go beside it under the locations that the model has
-        ours: a location that is not to be written (adapter ports), or ``None``
-        share_weights: put inline weights into a data file too, so that several sessions can map one copy of them
-
-    Returns:
-        All files written, the model last.
-
-    Raises:
-        ModelError: two sources for one file name, or a target that is the source.
-        OSError: the disk is full, no permission. What was written so far is removed.
-    """
+@contextlib.contextmanager
+def all_or_nothing() -> Iterator[list[Path]]:
+    """A list for files as they are written; when the block fails, those in it are removed."""
     written: list[Path] = []
     try:
-        for location, source in _sources(model, ours).items():
-            target = path.parent / location
-            _place(source, target)
-            written.append(target)
-        inline = sum(tensor.nbytes for tensor in _inline(model))
-        if share_weights or inline > _INLINE_LIMIT:
-            data = path.parent / _fresh(f"{path.name}.data", _sources(model, ours))
-            if _externalize(model, data):
-                written.append(data)
-        proto = ir.to_proto(model)
-        atomic_write(path, proto.SerializeToString())
+        yield written
     except BaseException:
         for file in written:
             with contextlib.suppress(OSError):
                 file.unlink()
         raise
-    return [*written, path]
+
+
+def save_model(model: ir.Model, path: Path, written: list[Path], *, ours: str | None, share_weights: bool) -> None:
+    """Save ``model`` at ``path`` with all the data files that it names, the model last.
+
+    Args:
+        model: external tensors still point at their source folder
+        path: target of the graph; data files go beside it under the locations that the model has
+        written: gets every file that was written
+        ours: a location that is not to be written (adapter ports), or ``None``
+        share_weights: put inline weights into a data file too, so that several sessions can map one copy of them
+
+    Raises:
+        ModelError: two sources for one file name, or a target that is the source.
+        OSError: the disk is full, no permission.
+    """
+    sources = _sources(model, ours)
+    for location, source in sources.items():
+        _place(source, path.parent / location)
+        written.append(path.parent / location)
+    inline = sum(tensor.nbytes for tensor in _inline(model))
+    if share_weights or inline > _INLINE_LIMIT:
+        data = path.parent / _fresh(f"{path.name}.data", sources)
+        if _externalize(model, data):
+            written.append(data)
+    atomic_write(path, ir.to_proto(model).SerializeToString())
+    written.append(path)
 
 
 def _sources(model: ir.Model, ours: str | None) -> dict[str, Path]:

@@ -105,7 +105,9 @@ def test_beta_of_the_base_gemm_belongs_to_the_scale(tmp_path):
 
 
 def test_the_activation_of_a_fused_gemm_comes_after_the_sum(tmp_path):
-    proto = model('l = Gemm(x, A)\n z = Gemm<alpha=2.0>(l, B)\n y = com.microsoft.FusedGemm<activation="Relu">(x, W, z)')
+    proto = model(
+        'l = Gemm(x, A)\n z = Gemm<alpha=2.0>(l, B)\n y = com.microsoft.FusedGemm<activation="Relu">(x, W, z)'
+    )
     assert_swaps(proto, tmp_path, (3, D), relu)
 
 
@@ -131,7 +133,9 @@ def test_rows_that_stay_flattened_up_to_the_join_can_be_swapped(tmp_path):
 
 
 def test_a_branch_of_lora_bias_is_refused_by_name(tmp_path):
-    proto = model("b = MatMul(x, W)\n l = MatMul(x, A)\n z = MatMul(l, B)\n q = Add(z, bias)\n d = Mul(q, s)\n y = Add(b, d)")
+    proto = model(
+        "b = MatMul(x, W)\n l = MatMul(x, A)\n z = MatMul(l, B)\n q = Add(z, bias)\n d = Mul(q, s)\n y = Add(b, d)"
+    )
     with pytest.raises(ModelError, match="fc: lora_bias"):
         extract_adapters(proto, tmp_path / "out", make_inputs=True)
     assert not (tmp_path / "out").exists()

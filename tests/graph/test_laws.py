@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -20,14 +21,14 @@ small = st.integers(2, 6)
 
 
 @st.composite
-def models(draw, dims=st.sampled_from([2, 3])):
+def models(draw):
     """A chain of one to three layers, each in a spelling of its own."""
-    rank_of_x = draw(dims)
+    rank_of_x = draw(st.sampled_from([2, 3]))
     factors = sorted(FACTORS) if rank_of_x == 2 else [name for name in sorted(FACTORS) if "gemm" not in name]
     joins = sorted(JOINS) if rank_of_x == 2 else [name for name in sorted(JOINS) if name != "gemm_c"]
     widths = draw(st.lists(small, min_size=2, max_size=4))
     layers = []
-    for i, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
         scale_as = draw(st.sampled_from(sorted(SCALES)))
         layers.append(
             Layer(
@@ -65,7 +66,11 @@ def random_adapter(model, seed, grow):
 
 def as_feeds(adapter):
     sides = ("lora_A", "lora_B")
-    return {f"{name}.{side}.weight": array for name, pair in adapter.items() for side, array in zip(sides, pair, strict=True)}
+    return {
+        f"{name}.{side}.weight": array
+        for name, pair in adapter.items()
+        for side, array in zip(sides, pair, strict=True)
+    }
 
 
 def assert_close(got, want):
@@ -100,7 +105,10 @@ def test_no_adapter_and_a_zero_adapter_are_exactly_the_base(model, dynamic):
         x = x_for(model)
         none = run(str(out.model_path), {"x": x})
         assert_close(none, model.expected(x, None))
-        zero = {layer.name: tuple(np.zeros((layer.rank, d), np.float32) for d in (layer.d_in, layer.d_out)) for layer in model.layers}
+        zero = {
+            layer.name: tuple(np.zeros((layer.rank, d), np.float32) for d in (layer.d_in, layer.d_out))
+            for layer in model.layers
+        }
         np.testing.assert_array_equal(run(str(out.model_path), {"x": x, **as_feeds(zero)}), none)
 
 

@@ -16,9 +16,9 @@ FACTORS = {
     "gemm_transB": ("{y} = Gemm<transB=1>({x}, {w})", True),
     "fused": ("{y} = com.microsoft.FusedMatMul({x}, {w})", False),
     "fused_transB": ("{y} = com.microsoft.FusedMatMul<transB=1>({x}, {w})", True),
-    "transpose": ("{w}_t = Transpose<perm=[1,0]>({w})\n  {y} = MatMul({x}, {w}_t)", True),
-    "identity": ("{w}_i = Identity({w})\n  {y} = MatMul({x}, {w}_i)", False),
-    "cast": ("{w}_c = Cast<to=1>({w})\n  {y} = MatMul({x}, {w}_c)", False),
+    "transpose": ("{y}_t = Transpose<perm=[1,0]>({w})\n  {y} = MatMul({x}, {y}_t)", True),
+    "identity": ("{y}_i = Identity({w})\n  {y} = MatMul({x}, {y}_i)", False),
+    "cast": ("{y}_c = Cast<to=1>({w})\n  {y} = MatMul({x}, {y}_c)", False),
 }
 # How the scale is spelled, from B's result {z} to the delta {y}. `{s}` is a scalar constant, `{h}` half of it.
 SCALES = {
@@ -55,7 +55,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TextModel:
-    """A model and the numbers in it: ``weights[name]`` is ``(w [d_in, d_out], a [r, d_in], b [r, d_out])``, unscaled."""
+    """A model and its numbers: ``weights[name]`` is ``(w [d_in, d_out], a [r, d_in], b [r, d_out])``, unscaled."""
 
     proto: onnx.ModelProto
     layers: tuple[Layer, ...]
@@ -75,7 +75,10 @@ class TextModel:
 
     def exported(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The adapter inside, scale folded in."""
-        return {layer.name: (self.weights[layer.name][1], self.weights[layer.name][2] * layer.scale) for layer in self.layers}
+        return {
+            layer.name: (self.weights[layer.name][1], self.weights[layer.name][2] * layer.scale)
+            for layer in self.layers
+        }
 
 
 def text_model(layers: tuple[Layer, ...], *, dims: int = 3, seed: int = 0, share_zero_b: bool = False) -> TextModel:
@@ -105,7 +108,7 @@ def text_model(layers: tuple[Layer, ...], *, dims: int = 3, seed: int = 0, share
     root = [f"base_model.model.{layer.name}" for layer in layers]
     dotted = {f"{s}{i}": f"{r}.lora_{s}.default.weight" for i, r in enumerate(root) for s in "AB"}
     for name, array in tensors.items():
-        proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), dotted.get(name, name)))
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(array, order="C"), dotted.get(name, name)))
     for node in proto.graph.node:
         node.name = f"node_{node.output[0]}"
         node.input[:] = [dotted.get(name, name) for name in node.input]
