@@ -33,10 +33,9 @@ class _Binding:
             self._bind_tensors()
         self._fed = frozenset(feeds)
         for name, value in feeds.items():
-            if isinstance(value, ort.OrtValue):
-                self._io.bind_ortvalue_input(name, value)
-            else:
-                self._io.bind_cpu_input(name, value)
+            # bind_cpu_input knows only required inputs, not initializers that may be overridden.
+            held = value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(value)
+            self._io.bind_ortvalue_input(name, held)
         # An output keeps the tensor of the last run, and ONNX Runtime would write into it again: the caller has it.
         self._io.clear_binding_outputs()
         for name in outputs:

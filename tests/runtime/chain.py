@@ -124,7 +124,9 @@ def low_rank_add() -> onnx.FunctionProto:
 
 def _layers(chain: Chain, *, plain: bool) -> tuple[list[Any], list[Any]]:
     nodes, last, x = [], len(chain.layers) - 1, "x"
-    weights = [numpy_helper.from_array(w, f"W:{layer[0]}") for layer, w in zip(chain.layers, chain.weights(), strict=True)]
+    weights = [
+        numpy_helper.from_array(w, f"W:{layer[0]}") for layer, w in zip(chain.layers, chain.weights(), strict=True)
+    ]
     cast = chain.dtype != "float32"
     for index, (name, _, _) in enumerate(chain.layers):
         a, b = (tensor_name(name, side) for side in ("lora_A", "lora_B"))
