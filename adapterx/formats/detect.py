@@ -23,15 +23,18 @@ def format_of(file: FileBytes) -> Format:
     Raises:
         FormatError: a pickle, two formats at once, or none that is known.
     """
-    head = file.head(256)
-    if head[:1] == b"\x80" or (head.startswith(b"PK") and b"data.pkl" in head):
-        raise FormatError(f"{file.path}: {PICKLE_ADVICE}")
+    # No more than the smallest header: what is read here is gone from the pass that checks values as they come.
+    head = file.head(9)
     signs: dict[Format, bool] = {
         "npz": head.startswith((b"PK\x03\x04", b"PK\x05\x06")),
         "onnx_adapter": head[4:8] == b"TORT",
         # A header of a plausible length is a JSON object.
         "safetensors": head[8:9] == b"{" and head[5:8] == b"\0\0\0",
     }
+    # A safetensors header of 640 bytes begins like a pickle, too.
+    pickled = head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5" and not signs["safetensors"]
+    if pickled or (signs["npz"] and b"data.pkl" in file.head(256)):
+        raise FormatError(f"{file.path}: {PICKLE_ADVICE}")
     found = [name for name, sign in signs.items() if sign]
     if len(found) > 1:
         raise FormatError(

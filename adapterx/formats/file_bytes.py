@@ -32,7 +32,7 @@ class FileBytes:
     """An open regular file whose bytes are asked for from front to back; a context manager.
 
     ``data`` is one buffer of the file's size. It may be looked at up to where :meth:`advance` or :meth:`whole` has
-    come. After :meth:`whole` it is read-only, and nothing that happens to the file changes it (unless mapped).
+    come (``filled``). After :meth:`whole` it is read-only, and nothing that happens to the file changes it (unless mapped).
 
     Args:
         path: the file; symlinks are followed
@@ -67,7 +67,7 @@ class FileBytes:
         except BaseException:
             os.close(self._descriptor)
             raise
-        self._filled = 0
+        self.filled = 0
 
     def __enter__(self) -> Self:
         return self
@@ -80,13 +80,13 @@ class FileBytes:
     def advance(self, upto: int) -> Iterator[Bytes]:
         """Fill ``data`` up to ``upto`` and yield each new piece, at most :data:`CHUNK` bytes, while it is hot."""
         upto = min(upto, self.size)
-        while self._filled < upto:
-            piece = self.data[self._filled : min(self._filled + CHUNK, upto)]
+        while self.filled < upto:
+            piece = self.data[self.filled : min(self.filled + CHUNK, upto)]
             if not self._mapped:
                 self._read_into(piece)
             if self._digest is not None:
                 self._digest.update(piece.data)
-            self._filled += len(piece)
+            self.filled += len(piece)
             yield piece
 
     def head(self, count: int) -> bytes:

@@ -48,7 +48,7 @@ def read(file: FileBytes, limits: Limits) -> TensorTable:
         raise FormatError(f"{file.path}: the header names {len(header)} tensors, at most {limits.tensors} are read")
     entries = _entries(file, header, limits, data_bytes=file.size - start)
     kinds = {dtype for _, dtype, _, _, _ in entries}
-    finite = len(kinds) == 1
+    finite = len(kinds) == 1 and file.filled == start
     for piece in file.advance(file.size):
         # All tensors of one type: pieces can be checked as they come. The sum of the sizes is known to be whole
         # elements, and so is a piece.

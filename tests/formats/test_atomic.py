@@ -1,0 +1,113 @@
+"""A file is whole or not there."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from adapterx import atomic
+from adapterx.atomic import atomic_write, copy_file
+from adapterx.progress import progress
+
+
+def test_content_may_be_bytes_pieces_or_a_function(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    for content in (b"abc", memoryview(b"abc"), [b"a", b"bc"], lambda file: file.write(b"abc")):
+        atomic_write(path, content)
+        assert path.read_bytes() == b"abc"
+        path.unlink()
+
+
+def test_a_failure_half_way_leaves_the_old_file_whole_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+
+    def pieces():
+        yield b"new"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(path, pieces())
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
+def test_a_full_disk_at_the_flush_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    real = os.open
+
+    def open_full(name, flags, *rest, **named):
+        descriptor = real(name, flags, *rest, **named)
+        if str(name).endswith(".tmp"):
+            full = real("/dev/full", os.O_WRONLY)
+            os.dup2(full, descriptor)
+            os.close(full)
+        return descriptor
+
+    monkeypatch.setattr(atomic.os, "open", open_full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_new_file_has_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "f", b"")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_reader_keeps_the_inode_it_opened(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        atomic_write(path, b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        atomic_write(tmp_path / "nowhere" / "f", b"")
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_a_copy_has_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool) -> None:
+    monkeypatch.setattr(atomic, "_COPY_STEP", 1000)
+    if not in_kernel:
+        monkeypatch.delattr(atomic.os, "copy_file_range")
+    content = os.urandom(12_345)
+    (tmp_path / "from").write_bytes(content)
+    copy_file(tmp_path / "from", tmp_path / "to")
+    assert (tmp_path / "to").read_bytes() == content
+
+
+def test_a_source_that_shrinks_during_the_copy_leaves_no_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "_COPY_STEP", 1000)
+    source = tmp_path / "from"
+    source.write_bytes(b"x" * 5000)
+    steps = atomic._copied
+
+    def shrinking(*arguments):
+        for step in steps(*arguments):
+            os.truncate(source, 1500)
+            yield step
+
+    monkeypatch.setattr(atomic, "_copied", shrinking)
+    with pytest.raises(OSError, match="1500 of 5000"):
+        copy_file(source, tmp_path / "to")
+    assert [p.name for p in tmp_path.iterdir()] == ["from"]
+
+
+def test_progress_is_silent_where_nobody_watches(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress("copying", 10) as advance:
+        advance(10)
+    assert capfd.readouterr() == ("", "")

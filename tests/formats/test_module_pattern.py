@@ -1,0 +1,63 @@
+"""Patterns fit what PEFT's regular expression fits, and never take long about it."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapterx.formats.module_pattern import Budget, ModulePattern, PatternError
+
+ATOMS = ["a", "b", ".", r"\.", "[ab]", "[^a]", r"\d", r"\w", "(a|b)", "(?:ab|b.)", "(a*b)", "^", "$", "(a+)+", "(b|)"]
+REPEATS = ["", "", "", "*", "+", "?", "*?", "{2}", "{0,2}", "{,2}", "{1,}"]
+PIECES = st.lists(st.tuples(st.sampled_from(ATOMS), st.sampled_from(REPEATS)).map("".join), min_size=1, max_size=4)
+
+
+@given(PIECES.map("".join), st.sampled_from(["", "|a", "|b.*"]), st.text("ab.1", max_size=8))
+def test_a_pattern_fits_what_peft_matches(start: str, end: str, name: str) -> None:
+    pattern = start + end
+    try:
+        expected = re.match(rf"(.*\.)?({pattern})$", name)
+    except re.error:
+        return
+    try:
+        found = ModulePattern.parse(pattern).fits(name, Budget())
+    except PatternError as error:
+        # What re takes and we do not: an atomic repeat, which forgets the other ways it could have gone.
+        assert "a repeat of a repeat" in str(error)
+        return
+    assert found is (expected is not None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "cause"),
+    [
+        (r"(?=a)a", "only plain groups"),
+        (r"(a)\1", "escape"),
+        (r"(?i)a", "only plain groups"),
+        ("(a", "without its '\\)'"),
+        ("a)", "without its '\\('"),
+        ("*a", "nothing to repeat"),
+        ("[a", "ends too early"),
+        ("a{600}", "repeated 600"),
+        ("a{3,2}", "repeated 3 to 2"),
+        ("[b-a]", "malformed range"),
+        ("(" * 20 + ")" * 20, "deep"),
+        ("a" * 600, "characters long"),
+    ],
+)
+def test_what_is_outside_the_grammar_is_refused_with_the_cause(pattern: str, cause: str) -> None:
+    with pytest.raises(PatternError, match=cause):
+        ModulePattern.parse(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(a|a)*b", "(a*)*b", ".*" * 100 + "b", "(((a{512}){512}){512}){512}", "((^{512}){512}){512}"]
+)
+def test_patterns_that_explode_elsewhere_take_a_bounded_number_of_steps(pattern: str) -> None:
+    budget = Budget(200_000)
+    try:
+        ModulePattern.parse(pattern).fits("a" * 200 + "!", budget)
+    except PatternError as error:
+        assert "too many steps" in str(error)
+    assert budget.steps > -1000
