@@ -1,1 +1,111 @@
-"""adapterx: one ONNX base model, many adapters."""
+"""adapterx: one ONNX base model, many adapters.
+
+Find the adapters inside exported models, take them out, and run them on ONNX Runtime, swapped between runs::
+
+    import adapterx as ax
+
+    ax.find_sites("model.onnx")                                         # where adapters act; prints as a table
+    out = ax.extract_adapters("model.onnx", "out/", make_inputs=True)   # a base model and an adapter file
+    session = ax.AdapterSession(out.model_path, adapters={"fr": out.adapter_path, "de": "peft_folder/"})
+    session.run(None, feeds, adapter="fr")
+
+Each name is imported when it is first used: a server that runs ready models never loads the code that rewrites
+them, and nothing here ever imports torch. Errors are the classes of :mod:`adapterx.errors`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adapterx import errors as errors
+    from adapterx.adapter import Adapter as Adapter
+    from adapterx.adapter import LowRank as LowRank
+    from adapterx.convert import convert_adapter as convert_adapter
+    from adapterx.errors import AdapterxError as AdapterxError
+    from adapterx.errors import FeedError as FeedError
+    from adapterx.errors import FormatError as FormatError
+    from adapterx.errors import MismatchError as MismatchError
+    from adapterx.errors import MissingDependency as MissingDependency
+    from adapterx.errors import ModelError as ModelError
+    from adapterx.errors import NoAdaptersFound as NoAdaptersFound
+    from adapterx.errors import OptionError as OptionError
+    from adapterx.errors import UnknownAdapter as UnknownAdapter
+    from adapterx.errors import UnsupportedAdapter as UnsupportedAdapter
+    from adapterx.formats import load_adapter as load_adapter
+    from adapterx.formats import save_adapter as save_adapter
+    from adapterx.graph.extract import Extraction as Extraction
+    from adapterx.graph.extract import extract_adapters as extract_adapters
+    from adapterx.graph.sites import find_sites as find_sites
+    from adapterx.runtime.session import AdapterSession as AdapterSession
+    from adapterx.site import AdapterSite as AdapterSite
+    from adapterx.verify import Verification as Verification
+    from adapterx.verify import verify_extraction as verify_extraction
+
+    __version__: str
+
+__all__ = [
+    "Adapter",
+    "AdapterSession",
+    "AdapterSite",
+    "AdapterxError",
+    "Extraction",
+    "FeedError",
+    "FormatError",
+    "LowRank",
+    "MismatchError",
+    "MissingDependency",
+    "ModelError",
+    "NoAdaptersFound",
+    "OptionError",
+    "UnknownAdapter",
+    "UnsupportedAdapter",
+    "Verification",
+    "__version__",
+    "convert_adapter",
+    "errors",
+    "extract_adapters",
+    "find_sites",
+    "load_adapter",
+    "save_adapter",
+    "verify_extraction",
+]
+# What is not here is an error class.
+_HOMES = {
+    "Adapter": "adapterx.adapter",
+    "AdapterSession": "adapterx.runtime.session",
+    "AdapterSite": "adapterx.site",
+    "Extraction": "adapterx.graph.extract",
+    "LowRank": "adapterx.adapter",
+    "Verification": "adapterx.verify",
+    "convert_adapter": "adapterx.convert",
+    "extract_adapters": "adapterx.graph.extract",
+    "find_sites": "adapterx.graph.sites",
+    "load_adapter": "adapterx.formats",
+    "save_adapter": "adapterx.formats",
+    "verify_extraction": "adapterx.verify",
+}
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+# Hidden from type checkers, to which any name would exist otherwise, typos included.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        import importlib
+
+        if name == "__version__":
+            from importlib import metadata
+
+            found = metadata.version("adapterx")
+        elif name == "errors":
+            found = importlib.import_module("adapterx.errors")
+        elif name in __all__:
+            found = getattr(importlib.import_module(_HOMES.get(name, "adapterx.errors")), name)
+        else:
+            raise AttributeError(f"module 'adapterx' has no attribute {name!r}")
+        globals()[name] = found
+        return found
