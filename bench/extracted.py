@@ -42,18 +42,20 @@ def prepare(folder: Path, sizes: Llama) -> Extracted:
     base = write_export(places["base"] / "model.onnx", dataclasses.replace(sizes, rank=0))
     inputs = ax.extract_adapters(export, folder / "inputs", make_inputs=True)
     external = ax.extract_adapters(export, folder / "external", make_inputs=False)
-    assert len(inputs.sites) == len(sizes.sites()), "every Linear has an adapter"
+    assert set(inputs.sites.names) == set(sizes.sites()), "every Linear has an adapter"
     return Extracted(sizes, export, base, inputs.model_path, external.model_path, inputs.adapter)
 
 
-def random_adapter(sizes: Llama, *, rank: int, seed: int) -> ax.Adapter:
-    """Small normal numbers at every site."""
+def random_adapter(like: ax.Adapter, *, rank: int, seed: int) -> ax.Adapter:
+    """Small normal numbers at every site of ``like``."""
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32) * np.float32(0.02)
 
-    return ax.Adapter({name: ax.LowRank(a=draw(rank, i), b=draw(rank, o)) for name, (i, o) in sizes.sites().items()})
+    return ax.Adapter(
+        {name: ax.LowRank(a=draw(rank, site.d_in), b=draw(rank, site.d_out)) for name, site in like.sites.items()}
+    )
 
 
 def one_thread() -> ort.SessionOptions:

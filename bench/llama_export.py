@@ -2,12 +2,13 @@
 
 The names are those of the exporter: node scopes ``.../q_proj/default/MatMul``, anonymous ``onnx::MatMul_N`` weights
 stored transposed, the scale in a Constant, the Cast that changes nothing. The seven Linears of a layer have Llama's
-shapes. What lies between them is not Llama: attention is replaced by one elementwise gate, norms are left out.
+shapes. What lies between them is not Llama: attention is replaced by one elementwise gate, norms by a product.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class Export:
     def __init__(self, sizes: Llama) -> None:
         self.sizes = sizes
         self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[tuple[str, tuple[int, int]]] = []
+        self.weights: list[tuple[str, tuple[int, ...]]] = []
 
     def node(self, op: str, scope: str, *inputs: str, **attributes: object) -> str:
         name = f"{scope}/{op}"
@@ -66,8 +67,14 @@ class Export:
 
     def matmul(self, scope: str, x: str, *shape: int) -> str:
         name = f"onnx::MatMul_{700 + len(self.weights)}"
-        self.weights.append((name, (shape[0], shape[1])))
+        self.weights.append((name, shape))
         return self.node("MatMul", scope, x, name)
+
+    def norm(self, layer: int, module: str, x: str) -> str:
+        """The product with a norm's weight, which keeps its name in exports."""
+        name = f"m.base_model.model.model.layers.{layer}.{module}.weight"
+        self.weights.append((name, (self.sizes.d,)))
+        return self.node("Mul", f"{PREFIX}/layers.{layer}/{module}", x, name)
 
     def linear(self, layer: int, module: str, x: str) -> str:
         """One Linear of a layer with its adapter."""
@@ -85,14 +92,16 @@ class Export:
     def layer(self, index: int, x: str) -> str:
         """A residual pair: a gate where Llama has attention, then the feed-forward part."""
         scope = f"{PREFIX}/layers.{index}"
-        q, k, v = (self.linear(index, f"self_attn.{name}_proj", x) for name in "qkv")
+        normal = self.norm(index, "input_layernorm", x)
+        q, k, v = (self.linear(index, f"self_attn.{name}_proj", normal) for name in "qkv")
         half = self.sizes.d // self.sizes.kv // 2
         spread = self.node("Concat", f"{scope}/self_attn", *([k] * half + [v] * half), axis=-1)
         gate = self.node("Sigmoid", f"{scope}/self_attn", spread)
         mixed = self.linear(index, "self_attn.o_proj", self.node("Mul", f"{scope}/self_attn", q, gate))
         x = self.node("Add", f"{scope}/self_attn", x, mixed)
-        gate = self.node("Sigmoid", f"{scope}/mlp/act_fn", self.linear(index, "mlp.gate_proj", x))
-        product = self.node("Mul", f"{scope}/mlp", gate, self.linear(index, "mlp.up_proj", x))
+        normal = self.norm(index, "post_attention_layernorm", x)
+        gate = self.node("Sigmoid", f"{scope}/mlp/act_fn", self.linear(index, "mlp.gate_proj", normal))
+        product = self.node("Mul", f"{scope}/mlp", gate, self.linear(index, "mlp.up_proj", normal))
         return self.node("Add", f"{scope}/mlp", x, self.linear(index, "mlp.down_proj", product))
 
 
@@ -121,16 +130,16 @@ def write_export(path: Path, sizes: Llama, *, seed: int = 0) -> Path:
 
 
 def write_weights(
-    data: Path, weights: list[tuple[str, tuple[int, int]]], *, seed: int, scale: float
+    data: Path, weights: list[tuple[str, tuple[int, ...]]], *, seed: int, scale: float
 ) -> list[onnx.TensorProto]:
     """Write the weights one after another and give the initializers that point at them."""
     # Drawing gigabytes of random numbers takes minutes; cutting them from a block of odd length makes no two equal.
-    largest = max(a * b for _, (a, b) in weights)
+    largest = max(math.prod(dims) for _, dims in weights)
     block = np.random.default_rng(seed).standard_normal(2 * largest + 7919, np.float32) * np.float32(scale)
     tensors, offset, cut = [], 0, 0
     with data.open("wb") as file:
         for name, dims in weights:
-            count = dims[0] * dims[1]
+            count = math.prod(dims)
             cut = (cut + 104_729) % (block.size - count)
             file.write(memoryview(block[cut : cut + count]).cast("B"))
             tensor = TensorProto(name=name, dims=dims, data_type=TensorProto.FLOAT)

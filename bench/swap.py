@@ -124,14 +124,14 @@ def main() -> None:
         files = {}
         for letter, seed in (("a", 1), ("b", 2)):
             files[letter] = folder / f"{letter}.onnx_adapter"
-            ax.save_adapter(random_adapter(sizes, rank=sizes.rank, seed=seed), files[letter])
+            ax.save_adapter(random_adapter(made.adapter, rank=sizes.rank, seed=seed), files[letter])
         session = ax.AdapterSession(made.model, adapters=dict(files), session_options=one_thread())
         times = interleaved(resident(made, session, files["a"]), rounds=rounds)
         results.append(Result(f"swap a resident adapter, {count} tensors", NEW_SESSION, rows(times)))
         times = interleaved(swapped_runs(made, session, files), rounds=rounds)
         results.append(Result("a run of one token, swapped or not", next(iter(times)), rows(times)))
         for rank in (sizes.rank, 4 * sizes.rank):
-            adapter = random_adapter(sizes, rank=rank, seed=3)
+            adapter = random_adapter(made.adapter, rank=rank, seed=3)
             times = interleaved(first_use(session, adapter, folder), rounds=rounds)
             title = f"first use of an adapter from disk, {count} tensors, rank {rank}, {megabytes(adapter.nbytes)}"
             results.append(Result(title, MEMCPY, with_speed(rows(times), adapter.nbytes)))
