@@ -16,6 +16,7 @@ from adapterx.external_data import check_external_data, external_tensors
 from adapterx.manifest import manifest_of
 
 _SMALL = 1024
+LOCATION = "adapterx.location"
 
 ModelLike: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -75,7 +76,32 @@ def _deserialized(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir
         raise ModelError(f"{where} cannot be read as an ONNX model ({error})") from None
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
+        _through_links(model, folder)
     return model
+
+
+def _through_links(model: ir.Model, folder: Path) -> None:
+    """Let tensors in linked files (Hugging Face's cache, checked before) read the file behind the link.
+
+    ``onnx_ir`` refuses every link. The name that the model knows the file by is kept in the tensor's ``meta``.
+    """
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor) or not (folder / tensor.location).is_symlink():
+                continue
+            real = (folder / tensor.location).resolve()
+            behind = ir.ExternalTensor(
+                real.name,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name or "",
+                base_dir=real.parent,
+            )
+            behind.meta[LOCATION] = str(tensor.location)
+            value.const_value = behind
 
 
 def check_model(model: ir.Model, where: str) -> None:
@@ -90,6 +116,16 @@ def check_model(model: ir.Model, where: str) -> None:
 
 
 def _check(proto: onnx.ModelProto, where: str) -> None:
+    opset = max((entry.version for entry in proto.opset_import if entry.domain in {"", "ai.onnx"}), default=1)
+    if opset > onnx.defs.onnx_opset_version():
+        raise ModelError(
+            f"{where} uses opset {opset}; onnx {onnx.__version__} knows opsets up to {onnx.defs.onnx_opset_version()}. "
+            "Install a newer onnx, or export for an older opset"
+        )
+    _check_graph(proto, where)
+
+
+def _check_graph(proto: onnx.ModelProto, where: str) -> None:
     """``onnx.checker`` on the graph alone: it would open external files, by rules that are not ours."""
     external = [t for graph in _graphs(proto.graph) for t in graph.initializer if t.data_location == t.EXTERNAL]
     kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in external]

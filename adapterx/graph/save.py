@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from adapterx.atomic import atomic_write, copy_file, replacing
 from adapterx.errors import ModelError
+from adapterx.graph.load import LOCATION
 from adapterx.progress import progress
 
 # Below this a copy costs less than a tenth of a second, and spares the reader the trap of hard links (see `place`).
@@ -51,6 +52,7 @@ def save_model(model: ir.Model, path: Path, written: list[Path], *, ours: str | 
     for location, source in sources.items():
         _place(source, path.parent / location)
         written.append(path.parent / location)
+    _name_as_placed(model)
     inline = sum(tensor.nbytes for tensor in _inline(model))
     if share_weights or inline > _INLINE_LIMIT:
         data = path.parent / _fresh(f"{path.name}.data", sources)
@@ -60,12 +62,29 @@ def save_model(model: ir.Model, path: Path, written: list[Path], *, ours: str | 
     written.append(path)
 
 
+def _name_as_placed(model: ir.Model) -> None:
+    """Let tensors that were read from behind a link point at the file by the name that it has beside the model."""
+    for value in _initializers(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and LOCATION in tensor.meta:
+            value.const_value = ir.ExternalTensor(
+                tensor.meta[LOCATION],
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name or "",
+                base_dir=tensor.base_dir,
+            )
+
+
 def _sources(model: ir.Model, ours: str | None) -> dict[str, Path]:
     """Location -> the file that holds its bytes now."""
     found: dict[str, Path] = {}
     for tensor in _tensors(model):
         if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != ours:
-            location, file = str(tensor.location), Path(tensor.base_dir) / tensor.location
+            location = str(tensor.meta.get(LOCATION, tensor.location))
+            file = Path(tensor.base_dir) / tensor.location
             if found.setdefault(location, file) != file:
                 raise ModelError(f"external data {location!r} comes from two folders: {found[location]} and {file}")
     return found
