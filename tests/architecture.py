@@ -116,7 +116,8 @@ def module_of(target: str, known: Mapping[str, Path]) -> str | None:
 
 def layer_of(module: str) -> str | None:
     top, *rest = module.split(".")
-    if top in DOOR_FILES and not rest:
+    # The command line is a folder of the door; a `verify/` or `convert/` would be a package without a layer.
+    if top in DOOR_FILES and (not rest or top == "cli"):
         return DOOR
     return "bottom" if top in BOTTOM else top if top in LAYERS else None
 
@@ -167,7 +168,7 @@ def prints(root: Path) -> list[str]:
     return [
         f"{module}:{node.lineno} prints"
         for module, path in modules(root).items()
-        if module not in {"cli", "__main__"}
+        if module.partition(".")[0] not in {"cli", "__main__"}
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]

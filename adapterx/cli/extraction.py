@@ -1,0 +1,159 @@
+"""``sites``, ``extract``, ``verify``: adapters found in a model, taken out of it, and the proof that it is right."""
+# ruff: noqa: PLC0415 - imports stand inside functions, so that `--help` waits for nothing that only a command needs
+
+from __future__ import annotations
+
+import enum
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from adapterx.cli.adapters import facts, in_words
+from adapterx.cli.options import Exported, Feeds, Json, Seed, Structural
+from adapterx.cli.report import finite, new_table, print_json, print_table, printable, say, size
+
+if TYPE_CHECKING:
+    from adapterx.graph.extract import Extraction
+
+
+class AdapterFormat(enum.StrEnum):
+    """What ``extract`` can write an adapter as."""
+
+    safetensors = "safetensors"
+    onnx_adapter = "onnx_adapter"
+    npz = "npz"
+
+
+def sites(
+    model: Annotated[Path, typer.Argument(help="An exported or extracted ONNX model.")],
+    *,
+    adapter: Exported = None,
+    structural: Structural = False,
+    as_json: Json = False,
+) -> None:
+    """List the places where adapters act: operation, shape, rank, scale, dtype, and what told the name."""
+    from adapterx.graph.sites import find_sites
+
+    found = find_sites(model, adapter=adapter, structural=structural)
+    if as_json:
+        print_json([site.as_dict() for site in found])
+        return
+    print_table(found.table())
+    adapters = sorted({name for site in found for name in site.adapter.split("+") if name})
+    named = f"; adapters by name: {printable(', '.join(adapters))}" if adapters else ""
+    say(f"{len(found)} sites{named}")
+
+
+def extract(  # noqa: PLR0913 - the options of the command, all by name
+    model: Annotated[Path, typer.Argument(help="The exported model; it is not changed.")],
+    output_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for the model and the adapter.")],
+    *,
+    make_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--make-inputs/--external",
+            help="Adapter weights become graph inputs, or initializers in a file that is given to each session.",
+        ),
+    ] = False,
+    pack_inputs: Annotated[
+        bool, typer.Option("--pack-inputs", help="One input per module type and side; needs --make-inputs.")
+    ] = False,
+    dynamic_rank: Annotated[
+        bool, typer.Option("--dynamic-rank/--fixed-rank", help="Inputs take any rank, or the exported one.")
+    ] = True,
+    optional_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--optional-inputs/--required-inputs", help="Inputs that are not fed leave the base, or are an error."
+        ),
+    ] = True,
+    adapter_format: Annotated[AdapterFormat, typer.Option(help="Of the adapter file.")] = AdapterFormat.safetensors,
+    adapter: Exported = None,
+    structural: Structural = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Leave adapter weights that are not plain LoRA in the model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take the adapters out of an exported model and leave ports in their place."""
+    from adapterx.graph.extract import extract_adapters
+
+    out = extract_adapters(
+        model,
+        output_dir,
+        make_inputs=make_inputs,
+        pack_inputs=pack_inputs,
+        dynamic_rank=dynamic_rank,
+        optional_inputs=optional_inputs,
+        adapter_format=adapter_format.value,
+        adapter=adapter,
+        structural=structural,
+        partial=partial,
+    )
+    given = [] if adapter is None else ["--adapter", str(adapter)]
+    following = shlex.join(["adapterx", "verify", str(model), str(out.model_path), *given])
+    if as_json:
+        _print_extraction(out, adapter_format.value, following)
+        return
+    table = new_table("file", "size")
+    for path in _files_of(out, adapter_format.value):
+        table.add_row(str(path), size(path.stat().st_size))
+    print_table(table)
+    say(f"{in_words(out.adapter)}\nnext: {following}")
+
+
+def _print_extraction(out: Extraction, suffix: str, following: str) -> None:
+    print_json(
+        {
+            "model": out.model_path,
+            "adapter": {"path": out.adapter_path, **facts(out.adapter)},
+            "adapters": {name: facts(one) for name, one in out.adapters.items()},
+            "sites": [site.as_dict() for site in out.sites],
+            "files": [{"path": path, "bytes": path.stat().st_size} for path in _files_of(out, suffix)],
+            "next": following,
+        }
+    )
+
+
+def _files_of(out: Extraction, suffix: str) -> list[Path]:
+    """Every file of an extraction: the model, its weights, the adapter, and each adapter where there are several."""
+    from adapterx.external_data import external_tensors
+    from adapterx.graph.load import read_proto
+
+    folder = out.model_path.parent
+    data = sorted({folder / tensor.location for tensor in external_tensors(read_proto(out.model_path))})
+    parts = [folder / f"adapter.{name}.{suffix}" for name in out.adapters] if len(out.adapters) > 1 else []
+    # In external mode one of the locations is a file that is meant to be absent.
+    return [path for path in (out.model_path, *data, out.adapter_path, *parts) if path.exists()]
+
+
+def verify(
+    original: Annotated[Path, typer.Argument(help="The exported model.")],
+    extracted: Annotated[Path, typer.Argument(help="What `adapterx extract` made of it: the model or its folder.")],
+    *,
+    adapter: Exported = None,
+    feeds: Feeds = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Prove an extraction: random adapters through it, against a computation on the original graph."""
+    from adapterx.cli.running import read_feeds
+    from adapterx.verify import verify_extraction
+
+    model = extracted / original.name if extracted.is_dir() else extracted
+    given = None if feeds is None else read_feeds(feeds)
+    outcome = verify_extraction(original, model, adapter=adapter, feeds=given, seed=seed)
+    if as_json:
+        rows = [
+            {"check": r.check, "max_error": finite(r.max_error), "tolerance": r.tolerance, "passed": r.passed}
+            for r in outcome.rows
+        ]
+        print_json({"passed": outcome.passed, "rows": rows})
+    else:
+        print_table(outcome.table(), markup=True)
+    if not outcome.passed:
+        failed = [row.check for row in outcome.rows if not row.passed]
+        say(f"{len(failed)} of {len(outcome.rows)} checks failed: {', '.join(failed)}")
+        raise typer.Exit(1)

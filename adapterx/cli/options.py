@@ -1,0 +1,24 @@
+"""Options that several commands share, each with one spelling, one meaning and one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON; an error is JSON too.")]
+Exported: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--adapter", help="The adapter that was exported with the model, for one that lost its names."),
+]
+Structural: TypeAlias = Annotated[
+    bool, typer.Option("--structural", help="Take low-rank branches by structure, even when nothing names them.")
+]
+OtherBase: TypeAlias = Annotated[
+    bool, typer.Option("--allow-other-base", help="Take an adapter although it says it was made for another base.")
+]
+Feeds: TypeAlias = Annotated[
+    Path | None, typer.Option("--feeds", help="Inputs by name in an .npz file; else made from the graph.")
+]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]

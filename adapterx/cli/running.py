@@ -1,0 +1,132 @@
+"""``run``: one run of an extracted model, on given feeds or on made ones."""
+# ruff: noqa: PLC0415 - imports stand inside functions, so that `--help` waits for nothing that only a command needs
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapterx.cli.options import Feeds, Json, OtherBase, Seed
+from adapterx.cli.report import finite, new_table, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from adapterx.adapter import Array
+    from adapterx.runtime.session import AdapterSession
+
+
+def run(  # noqa: PLR0913 - the options of the command, all by name
+    model: Annotated[Path, typer.Argument(help="An extracted model.")],
+    *,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Run with this adapter; else the base.")] = None,
+    feeds: Feeds = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Write the outputs by name to this .npz.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option("--provider", help="Execution provider; may be given again, best first.")
+    ] = None,
+    allow_other_base: OtherBase = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run an extracted model once, with an adapter or as the base, and describe what comes out."""
+    from adapterx.formats import load_adapter
+    from adapterx.runtime.session import AdapterSession
+
+    name = None if adapter is None else _name_for(adapter)
+    begun = time.perf_counter()
+    session = AdapterSession(model, providers=provider or None, allow_other_base=allow_other_base)
+    if adapter is not None and name is not None:
+        session.load_adapter(name, load_adapter(adapter))
+    times = {"load_ms": _since(begun)}
+    fed = _made_feeds(model, session, seed) if feeds is None else read_feeds(feeds)
+    begun = time.perf_counter()
+    results = session.run(None, fed, adapter=name)
+    times["run_ms"] = _since(begun)
+    outputs = dict(zip((info.name for info in session.get_outputs()), results, strict=True))
+    if output is not None:
+        _write_arrays(output, outputs)
+    rows = [_described(name, value) for name, value in outputs.items()]
+    if as_json:
+        inputs = [{"input": name, "shape": value.shape, "dtype": value.dtype.name} for name, value in fed.items()]
+        told = {"inputs": inputs, "feeds": feeds, "adapter": adapter, "providers": session.providers}
+        print_json({"outputs": rows, **told, **times})
+        return
+    _print_rows(rows)
+    if feeds is None:
+        made = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in fed.items())
+        say(f"no --feeds, so inputs were made from the graph (seed {seed}): {made}")
+    providers = ", ".join(session.providers)
+    say(f"loaded in {times['load_ms']:.1f} ms, first run in {times['run_ms']:.1f} ms on {providers}")
+
+
+def _name_for(path: Path) -> str:
+    """What the session, and so its messages, calls the adapter of a file: a part of the file's name that it allows."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().stem).lstrip("-._")[:64] or "adapter"
+
+
+def _since(begun: float) -> float:
+    return round(1000 * (time.perf_counter() - begun), 3)
+
+
+def _made_feeds(model: Path, session: AdapterSession, seed: int) -> dict[str, Array]:
+    from adapterx.graph.example_feeds import example_feeds
+    from adapterx.graph.load import load_model
+
+    return example_feeds(load_model(model), seed=seed, manifest=session.manifest)
+
+
+def read_feeds(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz file by name.
+
+    Raises:
+        FeedError: no such file, or not one of plain arrays.
+    """
+    import zipfile
+
+    import numpy as np
+
+    from adapterx.errors import FeedError
+
+    try:
+        stored = np.load(path, allow_pickle=False)
+        return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise FeedError(f"{path} cannot be read as an .npz file of inputs by name ({error})") from None
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """An .npz file; ``numpy.savez`` takes names as keywords, and would stumble over an output called ``file``."""
+    import zipfile
+
+    import numpy as np
+
+    from adapterx.atomic import replacing
+
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            # The npy format has no word for bf16; float32 holds every value of it.
+            plain = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(plain), allow_pickle=False)
+
+
+def _described(name: str, value: Any) -> dict[str, Any]:
+    import numpy as np
+
+    array = np.asarray(value)
+    row: dict[str, Any] = {"output": name, "shape": list(array.shape), "dtype": array.dtype.name}
+    if not array.size or array.dtype.kind in "OSU":
+        return {**row, "mean": None, "min": None, "max": None}
+    wide = array.astype(np.float64)
+    return {**row, "mean": finite(wide.mean()), "min": finite(wide.min()), "max": finite(wide.max())}
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    table = new_table("output", "shape", "dtype", "mean", "min", "max")
+    for row in rows:
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    print_table(table)
