@@ -31,7 +31,8 @@ class Faults:
 
     def add(self, thing: str, cause: str) -> None:
         """Note that ``thing`` (a tensor, a key, a site) is wrong because of ``cause``."""
-        self.found.append(f"{thing if thing.isprintable() and len(thing) <= 600 else ascii(thing[:600])}: {cause}")
+        told = f"{thing[:600]}: {cause}"
+        self.found.append(told if told.isprintable() else ascii(told)[1:-1])
 
     def refuse(self, what: str, *, advice: str, error: type[FormatError] = FormatError) -> None:
         """Raise ``error`` with all faults, the first :data:`_SHOWN` in full; do nothing when there are none."""

@@ -32,7 +32,8 @@ class FileBytes:
     """An open regular file whose bytes are asked for from front to back; a context manager.
 
     ``data`` is one buffer of the file's size. It may be looked at up to where :meth:`advance` or :meth:`whole` has
-    come (``filled``). After :meth:`whole` it is read-only, and nothing that happens to the file changes it (unless mapped).
+    come (``filled``). After :meth:`whole` it is read-only, and unless it is mapped nothing that happens to the file
+    changes it.
 
     Args:
         path: the file; symlinks are followed

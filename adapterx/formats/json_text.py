@@ -44,7 +44,7 @@ def json_object(text: bytes, *, where: str, depth: int | None = None) -> dict[st
     except FormatError:
         raise
     except RecursionError:
-        raise FormatError(f"{where}: JSON nested over {depth} deep; nothing that belongs here is") from None
+        raise FormatError(f"{where}: JSON nested too deep; nothing that belongs here is") from None
     except ValueError as error:
         raise FormatError(f"{where}: expected JSON; {error}") from None
     if not isinstance(parsed, dict):

@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from adapterx.adapter import LORA_A, LORA_B, Array, LowRank, frozen, tensor_name
-from adapterx.errors import nearest
 from adapterx.formats.dtypes import BY_DTYPE, NAMES
 from adapterx.formats.faults import Faults
 from adapterx.formats.finite import all_finite, count_nonfinite
@@ -148,18 +147,19 @@ def _paired(table: TensorTable, limits: Limits, faults: Faults) -> dict[str, _Pa
     halves: dict[str, dict[str, str]] = {LORA_A: {}, LORA_B: {}}
     for name, array in table.arrays.items():
         place = _place(name)
-        cause = _name_fault(name, limits) or _tensor_fault(array)
+        cause = _name_fault(name, limits)
         if place is None:
             cause = cause or f"unknown kind of tensor, expected names that end in {' or '.join(_ENDINGS)}"
-        elif (other := halves[place[1]].setdefault(place[0], name)) is not name:
-            cause = f"{other} stands for the same matrix"
+        elif not cause:
+            other = halves[place[1]].setdefault(place[0], name)
+            cause = _tensor_fault(array) if other is name else f"{other} stands for the same matrix"
         if cause:
             faults.add(name, cause)
     pairs = {}
     for site, a_name in halves[LORA_A].items():
         b_name = halves[LORA_B].pop(site, None)
         if b_name is None:
-            _miss(a_name, LORA_B, table, faults)
+            faults.add(a_name, f"its other half, {tensor_name(site, LORA_B)}, is missing")
             continue
         pair = _Pair(a_name, table.arrays[a_name], b_name, table.arrays[b_name])
         if pair.a.dtype is not pair.b.dtype and pair.a.dtype != pair.b.dtype:
@@ -167,14 +167,9 @@ def _paired(table: TensorTable, limits: Limits, faults: Faults) -> dict[str, _Pa
         # What is no matrix has been told already.
         elif pair.a.ndim == pair.b.ndim == 2:
             pairs[site] = pair
-    for b_name in halves[LORA_B].values():
-        _miss(b_name, LORA_A, table, faults)
+    for site, b_name in halves[LORA_B].items():
+        faults.add(b_name, f"its other half, {tensor_name(site, LORA_A)}, is missing")
     return pairs
-
-
-def _miss(name: str, side: str, table: TensorTable, faults: Faults) -> None:
-    missing = name.replace(f".{LORA_B if side == LORA_A else LORA_A}.", f".{side}.")
-    faults.add(name, f"its other half, {missing}, is missing{nearest(missing, set(table.arrays) - {name})}")
 
 
 def _place(name: str) -> tuple[str, str] | None:
@@ -212,10 +207,14 @@ def _refuse_nonfinite(arrays: Mapping[str, Array], faults: Faults) -> None:
 
 
 def _layout_of(pairs: Mapping[str, _Pair], layout: Layout) -> Layout:
-    """The file's layout: rank first where that fits every site, since one file is written by one tool."""
-    if layout == "by_shape" and all(_fits(pair, "rank_first") for pair in pairs.values()):
-        return "rank_first"
-    return layout
+    """The file's one layout, since one file is written by one tool: turned only when some sites fit no other way.
+
+    And when none needs the rank first, lest a broken site among sound ones turns them all.
+    """
+    if layout != "by_shape":
+        return layout
+    fits = [(_fits(pair, "rank_first"), _fits(pair, "by_shape")) for pair in pairs.values()]
+    return "by_shape" if (False, True) in fits and (True, False) not in fits else "rank_first"
 
 
 def _fits(pair: _Pair, layout: Layout) -> bool:
@@ -243,8 +242,6 @@ def _misfit(pair: _Pair, layout: Layout) -> str:
             f"the ranks agree only as PEFT's [r, d_in] and [d_out, r], whose scale is not known here; {pair.shapes}; "
             "pass the PEFT folder with adapter_config.json"
         )
-    if layout == "by_shape" and _fits(pair, "rank_first"):
-        return f"it lies rank first, other sites of the file do not; {pair.shapes}"
     if _fits(pair, "by_shape"):
         return f"it fits only as [d_in, r] and [r, d_out], which this file does not use; {pair.shapes}"
     return f"the ranks differ, expected [r, d_in] and [r, d_out]; {pair.shapes}"

@@ -16,7 +16,9 @@ from adapterx.adapter import Adapter, LowRank
 
 FORMATS = ("safetensors", "onnx_adapter", "npz")
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-NAMES = st.sampled_from(["fc", "model.layers.0.q_proj", "model.layers.10.self_attn.v_proj", "block_é", "a.lora_A.b", "0"])
+NAMES = st.sampled_from(
+    ["fc", "model.layers.0.q_proj", "model.layers.10.self_attn.v_proj", "block_é", "a.lora_A.b", "0"]
+)
 
 
 @st.composite

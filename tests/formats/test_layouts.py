@@ -44,7 +44,7 @@ def test_a_file_of_ours_is_never_turned(tmp_path: Path) -> None:
 
 def test_sites_that_lie_differently_are_named() -> None:
     a, b = matrices(rank=2, d_in=4, d_out=3)
-    with pytest.raises(FormatError, match=r"first: it lies rank first, other sites of the file do not"):
+    with pytest.raises(FormatError, match=r"second: it fits only as \[d_in, r\] and \[r, d_out\], which"):
         sites_of({**pair(a, b, "first"), **pair(a.T, b, "second")})
 
 
