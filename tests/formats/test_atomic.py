@@ -33,7 +33,7 @@ def test_a_failure_half_way_leaves_the_old_file_whole_and_no_litter(tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
 def test_a_full_disk_at_the_flush_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"old")

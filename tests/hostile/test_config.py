@@ -1,5 +1,6 @@
 """PEFT configs that are broken, that cost, that name code, or that mean what we do not do."""
 
+import contextlib
 import json
 import math
 import sys
@@ -51,9 +52,7 @@ def test_a_rank_that_cannot_be_is_refused(tmp_path: Path, rank: Any) -> None:  #
 @pytest.mark.parametrize("alpha", ["NaN", "Infinity", "-Infinity", "1e308", "1e999", "null", '"4"', "true", "9" * 400])
 def test_an_alpha_that_cannot_be_is_refused(tmp_path: Path, alpha: str) -> None:  # 43
     folder = raw_config(tmp_path, f'{{"peft_type": "LORA", "r": 2, "lora_alpha": {alpha}}}')
-    with pytest.raises(
-        FormatError, match=r"adapter_config\.json.*(lora_alpha: expected a number|is not JSON)|(?s:.*alpha)"
-    ):
+    with pytest.raises(FormatError, match="lora_alpha: expected a number|is not JSON|expected JSON"):
         load_adapter(folder)
 
 
@@ -69,10 +68,8 @@ def test_all_that_is_wrong_in_a_config_is_told_at_once(tmp_path: Path) -> None:
 def test_a_pattern_that_explodes_is_matched_in_bounded_time_or_refused(tmp_path: Path, key: str, pattern: str) -> None:
     a, b = matrices()  # 44: a backtracking engine takes 2^200 steps here
     folder = peft_folder(tmp_path / "p", {key: {pattern: 2}}, **pair(a, b.T, "a" * 200 + "!"))
-    try:
+    with pytest.raises(FormatError, match="too many steps") if "(((" in pattern else contextlib.nullcontext():
         assert load_adapter(folder).ranks == (2,)
-    except FormatError as error:
-        assert "too many steps" in str(error)
 
 
 def test_a_pattern_outside_the_grammar_is_refused_by_name(tmp_path: Path) -> None:  # 44

@@ -88,7 +88,7 @@ def test_a_member_that_comes_twice_is_refused(tmp_path: Path) -> None:  # 31
     refused(tmp_path, content, "'fc.lora_A.weight.npy' is there twice")
 
 
-@pytest.mark.parametrize("name", ["../../x.npy", "/etc/x.npy", "a/../x.npy", "a\\..\\x.npy", "a\nb.npy", "‮x.npy"])
+@pytest.mark.parametrize("name", ["../../x.npy", "/etc/x.npy", "a/../x.npy", "a\\..\\x.npy", "a\nb.npy", "\u202ex.npy"])
 def test_a_member_with_a_name_of_no_adapter_is_refused(tmp_path: Path, name: str) -> None:  # 31
     refused(tmp_path, zipped([*members(), (name, b"")]), "has a name that no adapter file has")
 
