@@ -44,7 +44,7 @@ def test_a_file_next_to_the_model_is_accepted_also_as_a_hard_link_and_with_an_of
 
 
 @pytest.mark.parametrize(
-    "location", ["../secret", "a/../../secret", "..\\secret", "", "/etc/hostname", "C:\\x", "a\0b"]
+    "location", ["../secret", "a/../../secret", "a/../m.data", "..\\secret", "", "/etc/hostname", "C:\\x", "a\0b"]
 )
 def test_a_location_that_leaves_the_folder_is_refused_by_name(folder, location):
     (folder / "a").mkdir()

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from adapterx.adapter import Adapter
 from adapterx.errors import OptionError, UnknownAdapter, nearest
+from adapterx.formats import load_adapter as read_adapter
 from adapterx.manifest import Manifest
 from adapterx.runtime.baked import BakedModels
 from adapterx.runtime.bound import Bound
@@ -141,7 +142,7 @@ class AdapterSession:
                 f"{name!r} cannot name an adapter: take 1 to 64 of letters, digits, '.', '_' and '-', "
                 "beginning with a letter or digit"
             )
-        whole = adapter if isinstance(adapter, Adapter) else _read(adapter)
+        whole = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
         fitting = fit(whole, self._manifest, name=name, allow_other_base=self._allow_other_base)
         tensors = self._model.tensors(fitting)
         with self._writing:
@@ -214,9 +215,3 @@ def _runnable(source: ModelSource, host: Host, max_sessions: int) -> Runnable:
     if source.manifest.port == "external":
         return BakedModels(source, host, limit=max_sessions)
     return FedModel(source, host)
-
-
-def _read(path: str | os.PathLike[str]) -> Adapter:
-    from adapterx.formats import load_adapter  # noqa: PLC0415
-
-    return load_adapter(path)

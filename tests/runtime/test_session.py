@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from adapterx.adapter import Adapter, LowRank
-from adapterx.errors import FeedError, MismatchError, ModelError, OptionError, UnknownAdapter
+from adapterx.errors import FeedError, FormatError, MismatchError, ModelError, OptionError, UnknownAdapter
+from adapterx.formats import save_adapter
 from adapterx.manifest import KEY, MASK, Manifest
 from adapterx.runtime.session import AdapterSession
 from adapterx.site import AdapterSite, SiteTable
@@ -141,6 +142,22 @@ def test_the_two_parameter_case_of_onnx_runtime_comes_out_as_published_also_thro
     run.add_active_adapter(theirs)
     plain = ort.InferenceSession(model.SerializeToString(), options())
     assert plain.run(None, feeds, run)[0].tolist() == [[154, 176, 198, 220]] * 4
+
+
+def test_adapters_come_from_files_in_any_format_and_a_broken_file_changes_nothing(tmp_path):
+    adapter, feeds = adapter_of(5), rows()
+    paths = {suffix: tmp_path / f"it.{suffix}" for suffix in ("safetensors", "onnx_adapter", "npz")}
+    for path in paths.values():
+        save_adapter(adapter, path)
+    session = AdapterSession(Chain().model(), {**paths, "text": str(paths["npz"])}, session_options=options())
+    wanted = opened(Chain(), it=adapter).run(None, feeds, adapter="it")[0]
+    for name in session.adapters:
+        assert np.array_equal(session.run(None, feeds, adapter=name)[0], wanted)
+    (tmp_path / "broken.safetensors").write_bytes(paths["safetensors"].read_bytes()[:-3])
+    before = session.identity("npz")
+    with pytest.raises(FormatError, match="broken.safetensors"):
+        session.load_adapter("npz", tmp_path / "broken.safetensors")
+    assert session.identity("npz") == before
 
 
 def test_loading_under_a_taken_name_replaces_and_gets_a_generation_of_its_own():
