@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from adapterx.adapter import Adapter, Array, LowRank
+from adapterx.adapter import Adapter, LowRank
 from adapterx.errors import ModelError, OptionError
 from adapterx.formats import save_adapter
 from adapterx.graph.branches import Branch
@@ -23,6 +23,7 @@ from adapterx.graph.rewire import bypass, rewire
 from adapterx.graph.save import all_or_nothing, save_model
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
 from adapterx.graph.view import linear
+from adapterx.graph.weights import read_diagonal
 from adapterx.manifest import KEY, MASK, Manifest, manifest_of
 from adapterx.ops import DOMAIN, VERSION, low_rank_add_function
 from adapterx.site import AdapterSite, SiteTable
@@ -243,11 +244,11 @@ def base_fingerprint(finding: Finding) -> str:
         base = found.branches[0].base_op
         matrix = None if base is None else linear(base)
         if matrix is not None:
-            rows.append(f"{found.site.name}\0{_signs(matrix.weight.numpy())}")
+            rows.append(f"{found.site.name}\0{_signs(matrix.weight.tensor)}")
     return hashlib.sha256("\n".join(sorted(set(rows))).encode()).hexdigest() if rows else ""
 
 
-def _signs(matrix: Array) -> str:
-    size = min(matrix.shape)
+def _signs(matrix: ir.TensorProtocol) -> str:
+    size = min(int(dim) for dim in matrix.shape.numpy())
     picks = np.linspace(0, size - 1, num=min(_SAMPLES, size), dtype=np.int64)
-    return "".join("-" if matrix[i, i] < 0 else "+" for i in picks)
+    return "".join("-" if element < 0 else "+" for element in read_diagonal(matrix, picks))

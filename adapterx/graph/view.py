@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from adapterx.graph.weights import read
+
 MICROSOFT = "com.microsoft"
 STANDARD = ("", "ai.onnx")
 SAME_VALUE = frozenset({"Identity", "Cast", "Dropout", "CastLike"})
@@ -53,7 +55,7 @@ class Constant:
 
     def numpy(self) -> np.ndarray:
         """The content as the consumer sees it."""
-        array = self.tensor.numpy()
+        array = read(self.tensor)
         return array.T if self.transposed else array
 
     @property
@@ -90,7 +92,7 @@ def scalar(value: ir.Value | None) -> float | None:
     found = constant(value)
     if found is None or found.tensor.size != 1:
         return None
-    return float(found.tensor.numpy().astype(np.float64).reshape(()))
+    return float(read(found.tensor).astype(np.float64).reshape(()))
 
 
 def source(value: ir.Value, *, rows: bool = True) -> ir.Value:
@@ -200,4 +202,4 @@ def linear(node: ir.Node) -> Linear | None:
 
 def _is_zero(value: ir.Value | None) -> bool:
     found = constant(value)
-    return value is None or (found is not None and not np.any(found.tensor.numpy()))
+    return value is None or (found is not None and not np.any(read(found.tensor)))
