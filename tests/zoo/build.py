@@ -35,14 +35,14 @@ def build(name: str) -> Built:
 
 
 @functools.cache
-def key(case: Case) -> str:
+def key(name: str) -> str:
     """What the product depends on: this package's sources without the table, the case, its source, versions."""
-    digest = hashlib.sha256()
+    case, digest = CASES[name], hashlib.sha256()
     for path in sorted(HERE.glob("*.py")):
         if path.name not in {"cases.py", "__init__.py"}:
             digest.update(path.read_bytes())
     digest.update(repr(dataclasses.replace(case, note="")).encode())
-    digest.update(key(CASES[case.source]).encode() if case.source else b"")
+    digest.update(key(case.source).encode() if case.source else b"")
     for package in VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             digest.update(f"{package}={importlib.metadata.version(package)}".encode())
@@ -51,14 +51,14 @@ def key(case: Case) -> str:
 
 def _is_fresh(home: Path, case: Case) -> bool:
     stamp = home / "key"
-    return stamp.exists() and stamp.read_text() == key(case)
+    return stamp.exists() and stamp.read_text() == key(case.name)
 
 
 def _make(case: Case, home: Path) -> None:
     # Only here, so that reading a case from the cache never waits for torch.
     from tests.zoo.export import make
 
-    source = build(case.source) if case.source else None
+    source = (_original(case), build(case.source)) if case.source else None
     work = home.with_name(f"{home.name}.{os.getpid()}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -69,11 +69,18 @@ def _make(case: Case, home: Path) -> None:
             work / "expected.npz", **{f"{k}/{i}": v for k, outs in facts.expected.items() for i, v in enumerate(outs)}
         )
         (work / "truth.json").write_text(json.dumps(facts.truth))
-        (work / "key").write_text(key(case))
+        (work / "key").write_text(key(case.name))
         shutil.rmtree(home, ignore_errors=True)
         work.rename(home)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _original(case: Case) -> Case:
+    """The case that ``case`` was made from, in as many steps as it took."""
+    while case.source:
+        case = CASES[case.source]
+    return case
 
 
 def _read(home: Path) -> Built:

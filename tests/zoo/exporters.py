@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -58,8 +59,9 @@ def torchscript(model: nn.Module, subject: Subject, path: Path, **options: Any) 
     model.train(training)
     with quiet(), causal_mask_without_vmap(), torch.no_grad():
         torch.onnx.export(
-            model, _args(model, subject), str(path), dynamo=False, input_names=list(subject.inputs), training=mode,
-            output_names=list(subject.outputs), dynamic_axes=subject.dynamic, opset_version=17, **options,
+            model, tuple(subject.inputs.values()), str(path), dynamo=False, opset_version=17, training=mode,
+            input_names=list(subject.inputs), output_names=list(subject.outputs), dynamic_axes=subject.dynamic,
+            **options,
         )  # fmt: skip
     model.eval()
 
@@ -70,22 +72,19 @@ def dynamo(model: nn.Module, subject: Subject, path: Path, **options: Any) -> No
         name: {axis: torch.export.Dim(label) for axis, label in subject.dynamic.get(name, {}).items()}
         for name in subject.inputs
     }
-    shapes: Any = (tuple(axes.values()),) if isinstance(model, (Held, Outer)) else axes
-    args: Any = _args(model, subject)
-    call: dict[str, Any] = {"kwargs": args[0]} if isinstance(args[0], dict) else {}
+    in_order = tuple(axes.values())
+    # torch.export wants the shapes of *args in a tuple of their own.
+    starred = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
+    shapes: Any = (in_order,) if starred else in_order
     model.train(training)
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
-            model, () if call else args, dynamo=True, input_names=list(subject.inputs), verbose=False,
-            output_names=list(subject.outputs), dynamic_shapes=shapes, **call, **options,
+            model, tuple(subject.inputs.values()), dynamo=True, input_names=list(subject.inputs), verbose=False,
+            output_names=list(subject.outputs), dynamic_shapes=shapes, **options,
         )  # fmt: skip
     assert program is not None
     program.save(str(path), external_data=external)
     model.eval()
-
-
-def _args(model: nn.Module, subject: Subject) -> tuple[Any, ...]:
-    return tuple(subject.inputs.values()) if isinstance(model, (Held, Outer)) else (dict(subject.inputs),)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Tiny seeded models, one function each: what a case's ``model`` names. Widths are all distinct, so that a mix-up shows."""
+"""Tiny seeded models, one function each: what a case's ``model`` names. Widths differ, so that a mix-up shows."""
 
 from __future__ import annotations
 
@@ -67,12 +67,32 @@ def llama() -> Subject:
     return _causal(tf.LlamaForCausalLM(tf.LlamaConfig(**_decoder())))
 
 
+def llama_short() -> Subject:
+    """One layer, for what the second would only repeat: a dynamo export takes seconds."""
+    return _causal(tf.LlamaForCausalLM(tf.LlamaConfig(**_decoder(num_hidden_layers=1))))
+
+
 def llama_tied() -> Subject:
-    return _causal(tf.LlamaForCausalLM(tf.LlamaConfig(**_decoder(tie_word_embeddings=True))))
+    return _causal(tf.LlamaForCausalLM(tf.LlamaConfig(**_decoder(tie_word_embeddings=True, num_hidden_layers=1))))
 
 
 def phi3() -> Subject:
-    return _causal(tf.Phi3ForCausalLM(tf.Phi3Config(**_decoder())))
+    return _causal(tf.Phi3ForCausalLM(tf.Phi3Config(**_decoder(num_hidden_layers=1))))
+
+
+def llama_wide() -> Subject:
+    """Head width 16, which GroupQueryAttention asks for; nothing as wide as the vocabulary."""
+    return _causal(tf.LlamaForCausalLM(tf.LlamaConfig(**_decoder(hidden_size=64))))
+
+
+def phi3_wide() -> Subject:
+    return _causal(tf.Phi3ForCausalLM(tf.Phi3Config(**_decoder(hidden_size=64))))
+
+
+def t5() -> Subject:
+    config = tf.T5Config(d_model=HIDDEN, d_kv=12, d_ff=MLP, num_layers=2, num_decoder_layers=2, num_heads=4,
+                         vocab_size=VOCAB, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)  # fmt: skip
+    return Subject(seeded(tf.T5ForConditionalGeneration(config)), {}, {})
 
 
 def gpt2() -> Subject:
@@ -107,4 +127,117 @@ def mlp_no_bias() -> Subject:
     return _rows(TwoLayers(bias=False), 40)
 
 
-MODELS: dict[str, Callable[[], Subject]] = {f.__name__: f for f in (llama, llama_tied, phi3, gpt2, mlp, mlp_no_bias)}
+def _sentences(model: nn.Module, outputs: tuple[str, ...]) -> Subject:
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 5:] = 0
+    inputs = {"input_ids": _tokens(2, 7, low=1), "attention_mask": mask}
+    return Subject(seeded(model), inputs, {name: {0: "batch", 1: "tokens"} for name in inputs}, outputs)
+
+
+def _bert(**changes: Any) -> tf.BertConfig:
+    sizes: dict[str, Any] = {
+        "hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": VOCAB, "max_position_embeddings": 32, "type_vocab_size": 2, "num_labels": 3,
+        "attn_implementation": "eager",
+    }  # fmt: skip
+    return tf.BertConfig(**{**sizes, **changes})
+
+
+def bert() -> Subject:
+    return _sentences(tf.BertModel(_bert(), add_pooling_layer=False), ("last_hidden_state",))
+
+
+def bert_classifier() -> Subject:
+    return _sentences(tf.BertForSequenceClassification(_bert()), ("logits",))
+
+
+def vit() -> Subject:
+    config = tf.ViTConfig(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=2, num_attention_heads=4,
+                          image_size=16, patch_size=8, num_labels=5, attn_implementation="eager")  # fmt: skip
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    return Subject(
+        seeded(tf.ViTForImageClassification(config)), {"pixel_values": pixels}, {"pixel_values": {0: "batch"}}
+    )
+
+
+class Repeated(nn.Module):
+    """One block called twice, as ALBERT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.norm = nn.Linear(40, 56), nn.Linear(56, 56), nn.LayerNorm(56)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.stem(x)
+        for _ in range(2):
+            h = self.norm(torch.relu(self.block(h)))
+        return h
+
+
+class Normed(nn.Module):
+    """Linears whose only reader is a LayerNorm: fusions make the join of base and adapter their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.up_norm = nn.Linear(40, 56, bias=False), nn.LayerNorm(56)
+        self.down, self.down_norm = nn.Linear(56, 24), nn.LayerNorm(24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_norm(self.down(torch.relu(self.up_norm(self.up(x)))))
+
+
+class Bottleneck(nn.Module):
+    """A base with a low-rank branch of its own, which is no adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full, self.low, self.high = (
+            nn.Linear(40, 56, bias=False),
+            nn.Linear(40, 4, bias=False),
+            nn.Linear(4, 56, bias=False),
+        )
+        self.head = nn.Linear(56, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.full(x) + self.high(self.low(x)) * 2.0))
+
+
+class Pictures(nn.Module):
+    """Two convolutions and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, stride=2)
+        self.fc = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3)))
+
+
+def _steps(model: nn.Module) -> Subject:
+    x = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(7))
+    return Subject(seeded(model), {"x": x}, {"x": {0: "batch", 1: "tokens"}}, ("y",))
+
+
+def repeated() -> Subject:
+    return _steps(Repeated())
+
+
+def normed() -> Subject:
+    return _steps(Normed())
+
+
+def bottleneck() -> Subject:
+    return _steps(Bottleneck())
+
+
+def pictures() -> Subject:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+    return Subject(seeded(Pictures()), {"x": x}, {"x": {0: "batch"}}, ("y",))
+
+
+SUBJECTS = (
+    llama, llama_short, llama_tied, llama_wide, phi3, phi3_wide, t5, gpt2, mlp, mlp_no_bias, bert, bert_classifier,
+    vit, repeated, normed, bottleneck, pictures,
+)  # fmt: skip
+MODELS: dict[str, Callable[[], Subject]] = {f.__name__: f for f in SUBJECTS}

@@ -33,14 +33,15 @@ def config(lora: Lora, label: str) -> Any:
 
 
 def attach(model: torch.nn.Module, lora: Lora, label: str) -> peft.PeftModel:
-    """``model`` with adapter ``label`` (and those of ``lora.also``), seeded, in eval mode."""
+    """``model`` with adapter ``label`` ("a" together with those of ``lora.also``), seeded, in eval mode."""
+    also = lora.also if label == "a" else ()
     adapted = peft.get_peft_model(
         model, config(lora, label), adapter_name=lora.name, autocast_adapter_dtype=not lora.half
     )
-    for name in lora.also:
+    for name in also:
         adapted.add_adapter(name, config(lora, "c"), autocast_adapter_dtype=not lora.half)
-    if lora.also:
-        adapted.base_model.set_adapter([lora.name, *lora.also])
+    if also:
+        adapted.base_model.set_adapter([lora.name, *also])
     _randomise(adapted, SEEDS[label], keep_b=lora.zero_b and label == "a")
     return adapted.eval()
 

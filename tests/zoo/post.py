@@ -41,6 +41,19 @@ def onnxscript_optimize(path: Path) -> None:
     onnx.save(onnxscript.optimizer.optimize(onnx.load(path)), path)
 
 
+def ort_transformers_bert(path: Path) -> None:
+    from onnxruntime.transformers import optimizer
+
+    optimizer.optimize_model(str(path), model_type="bert", num_heads=4, hidden_size=48).save_model_to_file(str(path))
+
+
+def float16(path: Path) -> None:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+
+
 STEPS: dict[str, Callable[[Path], None]] = {
-    f.__name__: f for f in (strip_metadata, ort_basic, ort_extended, onnxscript_optimize)
+    f.__name__: f
+    for f in (strip_metadata, ort_basic, ort_extended, onnxscript_optimize, ort_transformers_bert, float16)
 }
