@@ -52,7 +52,7 @@ def test_a_rank_that_cannot_be_is_refused(tmp_path: Path, rank: Any) -> None:  #
 @pytest.mark.parametrize("alpha", ["NaN", "Infinity", "-Infinity", "1e308", "1e999", "null", '"4"', "true", "9" * 400])
 def test_an_alpha_that_cannot_be_is_refused(tmp_path: Path, alpha: str) -> None:  # 43
     folder = raw_config(tmp_path, f'{{"peft_type": "LORA", "r": 2, "lora_alpha": {alpha}}}')
-    with pytest.raises(FormatError, match="lora_alpha: expected a number|is not JSON|expected JSON"):
+    with pytest.raises(FormatError, match=r"lora_alpha: expected a number|is not JSON|expected JSON"):
         load_adapter(folder)
 
 
