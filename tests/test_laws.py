@@ -98,16 +98,32 @@ def test_400_lines_and_the_command_lines_print_are_allowed(tmp_path: Path) -> No
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Names of the packages that a fresh Python holds after ``statement``."""
-    program = f"{statement}\nimport sys; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    """Modules that a fresh Python holds after ``statement`` and would not hold without it."""
+    program = f"import sys; before = set(sys.modules)\n{statement}\nprint(*sorted(set(sys.modules) - before))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     return set(run.stdout.split())
 
 
-HEAVY = {"torch", "transformers", "peft", "optimum", "onnxruntime", "onnxruntime_genai", "typer", "scipy", "pandas"}
+def packages(modules: set[str]) -> set[str]:
+    """Top-level packages that do not come with Python."""
+    return {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
 
 
-def test_importing_adapterx_imports_nothing_heavy() -> None:
-    loaded = loaded_by("import adapterx")
-    assert "adapterx" in loaded
-    assert not loaded & HEAVY
+def test_importing_adapterx_imports_nothing_but_adapterx() -> None:
+    assert packages(loaded_by("import adapterx")) == {"adapterx"}
+
+
+TRAINING = {"torch", "transformers", "peft", "optimum", "onnxruntime_genai", "onnxscript"}
+
+
+def test_every_public_name_can_be_used_without_torch_and_without_the_command_line() -> None:
+    used = packages(loaded_by("import adapterx\nfor name in adapterx.__all__: getattr(adapterx, name)"))
+    assert {"onnx", "onnxruntime"} <= used
+    assert not used & (TRAINING | {"typer"})
+
+
+def test_a_session_and_a_reader_never_import_what_rewrites_graphs() -> None:
+    used = loaded_by("import adapterx as ax; ax.AdapterSession, ax.load_adapter")
+    assert "adapterx.runtime.session" in used
+    assert not {name for name in used if name.startswith("adapterx.graph")}
+    assert not packages(used) & (TRAINING | {"typer", "onnx_ir"})
