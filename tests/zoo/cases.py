@@ -24,6 +24,7 @@ LLAMA_TORCHSCRIPT = (
     Case("ts_llama_initializers_as_inputs", "llama", SOME, options=(("keep_initializers_as_inputs", True),)),
     Case("ts_llama_ort_basic", source="ts_llama", post=("ort_basic",)),
     Case("ts_llama_ort_extended", source="ts_llama", post=("ort_extended",)),
+    Case("ts_llama_no_folding_ort_extended", source="ts_llama_no_folding", post=("ort_extended",)),
     Case("ts_llama_onnxscript", source="ts_llama", post=("onnxscript_optimize",)),
     Case("ts_llama_zero_b", "llama", Lora(LLAMA_ALL, zero_b=True)),
     Case("ts_llama_zero_b_ort_basic", source="ts_llama_zero_b", post=("ort_basic",)),
@@ -41,6 +42,8 @@ LLAMA_TORCHSCRIPT = (
     Case("ts_llama_lm_head", "llama_tied", Lora(("q_proj", "lm_head")), note="embedding tied to lm_head"),
     Case("ts_llama_half", "llama", Lora(LLAMA_SOME, half=True), dtype="float16", atol=HALF),
     Case("ts_llama_half_base", "llama", SOME, dtype="float16", atol=HALF),
+    Case("ts_llama_half_base_ort_basic", source="ts_llama_half_base", post=("ort_basic",), atol=HALF),
+    Case("ts_llama_rank_1", "llama", Lora(LLAMA_SOME, r=1, alpha=2)),
     Case("ts_phi3", "phi3", Lora(("qkv_proj", "o_proj", "gate_up_proj"))),
 )
 
@@ -52,6 +55,8 @@ LLAMA_DYNAMO = (
     Case("dy_llama_ort_basic", source="dy_llama", post=("ort_basic",), needs_adapter=True),
     Case("dy_llama_ort_extended", source="dy_llama", post=("ort_extended",), needs_adapter=True),
     Case("dy_llama_zero_b", "llama", Lora(LLAMA_ALL, zero_b=True), "dynamo"),
+    Case("dy_llama_zero_b_stripped", source="dy_llama_zero_b", post=("strip_metadata",), needs_adapter=True),
+    Case("dy_llama_unoptimized_ort_basic", source="dy_llama_unoptimized", post=("ort_basic",), needs_adapter=True),
     Case("dy_llama_bare", "llama_short", SOME, "dynamo", wrap=""),
     Case("dy_llama_nested", "llama_short", SOME, "dynamo", wrap="net.inner"),
     Case("dy_llama_v_1", "llama_short", Lora(LLAMA_SOME, name="v_1", task_type="CAUSAL_LM"), "dynamo"),
@@ -93,6 +98,7 @@ DEPLOYED = (
 OTHER_MODELS = (
     Case("ts_gpt2", "gpt2", Lora(GPT2, extra=(("fan_in_fan_out", True),))),
     Case("dy_gpt2", "gpt2", Lora(GPT2, extra=(("fan_in_fan_out", True),)), "dynamo"),
+    Case("ts_gpt2_ort_extended", source="ts_gpt2", post=("ort_extended",)),
     Case("ts_bert", "bert", Lora(BERT, task_type="FEATURE_EXTRACTION")),
     Case("ts_bert_ort_transformers", source="ts_bert", post=("ort_transformers_bert",)),
     Case("ts_bert_float16", source="ts_bert", post=("float16",), atol=HALF),
@@ -102,6 +108,7 @@ OTHER_MODELS = (
     Case("dy_vit", "vit", Lora(("query", "value", "classifier")), "dynamo"),
     Case("ts_mlp", "mlp", Lora(MLP), with_base=True),
     Case("dy_mlp", "mlp", Lora(MLP), "dynamo", with_base=True),
+    Case("dy_mlp_rank_1", "mlp", Lora(MLP, r=1, alpha=2), "dynamo"),
     Case("ts_mlp_no_bias_ort_extended", source="ts_mlp_no_bias", post=("ort_extended",)),
     Case("ts_mlp_no_bias", "mlp_no_bias", Lora(MLP)),
     Case("dy_mlp_no_bias", "mlp_no_bias", Lora(MLP), "dynamo"),
