@@ -109,7 +109,8 @@ def print_table(table: Table, *, markup: bool = False) -> None:
 
     console = Console(markup=markup, emoji=False, highlight=False)
     needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-    console.print(table, width=max(console.width, needed), crop=False, soft_wrap=True)
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def new_table(*columns: str) -> Table:

@@ -86,16 +86,20 @@ def read_feeds(path: Path) -> dict[str, Array]:
         FeedError: no such file, or not one of plain arrays.
     """
     import zipfile
+    import zlib
 
     import numpy as np
 
     from adapterx.errors import FeedError
 
+    if not zipfile.is_zipfile(path):
+        met = "found another file" if path.is_file() else "found a folder" if path.is_dir() else "there is none"
+        raise FeedError(f"{path}: expected an .npz file of inputs by name (numpy.savez), {met}")
     try:
-        stored = np.load(path, allow_pickle=False)
-        return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise FeedError(f"{path} cannot be read as an .npz file of inputs by name ({error})") from None
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise FeedError(f"{path} is a broken .npz file, or holds more than plain arrays ({error})") from None
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
