@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from adapterx.adapter import Adapter
-from adapterx.errors import ModelError
-from adapterx.runtime.inference import Host, device_of, ort, ort_values
+from adapterx.errors import ModelError, OptionError
+from adapterx.manifest import Manifest
+from adapterx.runtime.inference import Host, device_of, ort, ort_values, quiet_options
+from adapterx.runtime.options import entry
 from adapterx.runtime.ports import graph_inputs, port_arrays
 from adapterx.runtime.resident import Resident
 from adapterx.runtime.source import ModelSource
+
+_DISABLED = "optimization.disable_specified_optimizers"
+_FUSION = "FuseFp16InitializerToFp32NodeTransformer"
 
 
 class FedModel:
@@ -21,7 +26,7 @@ class FedModel:
 
     def __init__(self, source: ModelSource, host: Host) -> None:
         self._manifest = source.manifest
-        self._session = host.open(source.model, where=source.where)
+        self._session = host.open(source.model, where=source.where, options=_options(source.manifest, host))
         self._device = device_of(self._session)
         inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         lost = sorted(graph_inputs(source.manifest) - {node.name for node in inputs})
@@ -38,3 +43,25 @@ class FedModel:
     def session(self, _: Resident) -> ort.InferenceSession:
         """The one session."""
         return self._session
+
+
+def _options(manifest: Manifest, host: Host) -> ort.SessionOptions | None:
+    """The host's options; without one optimizer where an old ONNX Runtime would lose float16 adapters.
+
+    Before 1.30 it takes the default of a float16 input for a constant, and either folds it in, so that what is fed
+    is ignored without a word, or crashes the process (microsoft/onnxruntime#32143, #32405).
+    """
+    major, minor = (int(part) for part in ort.__version__.split(".")[:2])
+    if (major, minor) >= (1, 30) or not manifest.optional or all(s.dtype != "float16" for s in manifest.sites):
+        return host.session_options
+    options = host.session_options
+    if options is None:
+        options = quiet_options()
+        options.add_session_config_entry(_DISABLED, _FUSION)
+    all_of_them = options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if all_of_them and _FUSION not in (entry(options, _DISABLED) or "").split(";"):
+        raise OptionError(
+            f"onnxruntime {ort.__version__} would ignore float16 adapters, or crash, under all its optimizations; "
+            f"install 1.30, or call session_options.add_session_config_entry({_DISABLED!r}, {_FUSION!r})"
+        )
+    return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
@@ -132,6 +133,7 @@ def _transposed(low_rank: LowRank, d_in: int, d_out: int) -> str:
     return ""
 
 
+@functools.cache
 def _is_float(dtype: np.dtype[np.generic]) -> bool:
     return dtype.name.startswith(("float", "bfloat"))
 

@@ -64,7 +64,7 @@ def test_half_ports_take_float32_adapters_and_float_ports_take_half_ones(port, d
     half, full = Chain(port=port, dtype=dtype), Chain(port=port)
     feeds = rows()
     for chain, adapter in ((half, adapter_of(1)), (full, adapter_of(1, dtype=dtype))):
-        session = opened(chain, it=adapter)
+        session = AdapterSession(chain.model(), {"it": adapter})
         fitted = session.adapters["it"]
         assert {low_rank.dtype.name for low_rank in fitted.sites.values()} == {chain.dtype}
         np.testing.assert_allclose(
@@ -335,6 +335,31 @@ def test_the_hosts_session_options_are_used_and_never_changed():
             with pytest.raises(RuntimeError):
                 host.get_session_config_entry(key)
         ort.InferenceSession(Chain(port="input").model().SerializeToString(), host)
+
+
+def test_where_onnx_runtime_would_lose_float16_adapters_the_session_prevents_it_or_says_how(monkeypatch):
+    chain, seen, create = Chain(dtype="float16"), [], ort.InferenceSession
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda model, options, **k: seen.append(options) or create(model, options, **k)
+    )
+    monkeypatch.setattr(ort, "__version__", "1.29.0")
+    key, fusion = "optimization.disable_specified_optimizers", "FuseFp16InitializerToFp32NodeTransformer"
+    AdapterSession(chain.model())
+    assert seen[-1].get_session_config_entry(key) == fusion
+    with pytest.raises(OptionError, match=fusion):
+        AdapterSession(chain.model(), session_options=options())
+    told = options()
+    told.add_session_config_entry(key, fusion)
+    AdapterSession(chain.model(), session_options=told)
+    lower = options()
+    lower.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    for harmless in (chain, Chain()):
+        AdapterSession(harmless.model(), session_options=lower if harmless is chain else options())
+
+
+@pytest.mark.skipif(ort.__version__ < "1.30", reason="an onnxruntime that crashes here")
+def test_an_onnx_runtime_that_keeps_float16_adapters_takes_any_options():
+    opened(Chain(dtype="float16"), it=adapter_of()).run(None, rows(), adapter="it")
 
 
 def test_a_model_is_not_changed_by_its_session():
