@@ -57,3 +57,21 @@ def test_the_page_shows_every_command_and_option_and_no_others() -> None:
         options = {spelling for p in command.params for spelling in (*p.opts, *p.secondary_opts) if "--" in spelling}
         shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", sections[name]))
         assert shown == options - {"--help"}, name
+
+
+def test_where_onnx_runtime_is_missing_sites_works_and_run_says_what_to_install(mlp: Built) -> None:
+    program = (
+        "import sys; sys.modules['onnxruntime'] = None; sys.argv = ['adapterx', *sys.argv[1:]]\n"
+        "from adapterx.cli import main; main()"
+    )
+    sites, run = (
+        subprocess.run(
+            [sys.executable, "-c", program, command, mlp.model], capture_output=True, text=True, check=False, timeout=60
+        )
+        for command in ("sites", "run")
+    )
+    assert sites.returncode == 0
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: MissingDependency:")
+    assert "adapterx[cpu]" in run.stderr
+    assert "adapterx[gpu]" in run.stderr
