@@ -92,8 +92,9 @@ def read_feeds(path: Path) -> dict[str, Array]:
 
     from adapterx.errors import FeedError
 
-    if not zipfile.is_zipfile(path):
-        met = "found another file" if path.is_file() else "found a folder" if path.is_dir() else "there is none"
+    # A pipe would be waited for.
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        met = "found another file" if path.is_file() else "found no regular file" if path.exists() else "there is none"
         raise FeedError(f"{path}: expected an .npz file of inputs by name (numpy.savez), {met}")
     try:
         with np.load(path, allow_pickle=False) as stored:

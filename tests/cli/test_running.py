@@ -1,6 +1,7 @@
 """``run``: on given feeds and on made ones."""
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -93,7 +94,12 @@ def text_file(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("make", [broken_npz, object_npz, text_file, Path, lambda path: path.parent])
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize("make", [pipe, broken_npz, object_npz, text_file, Path, lambda path: path.parent])
 def test_feeds_that_are_no_arrays_by_name_are_refused(make, run: Type, extracted: Path, tmp_path: Path) -> None:
     path = make(tmp_path / "feeds.npz")
     result = run("run", extracted, "--feeds", path)
