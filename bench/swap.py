@@ -18,6 +18,7 @@ import adapterx as ax
 
 FULL = Llama(layers=16, d=1024, kv=256, ff=2816, rank=16)
 QUICK = Llama(layers=2, d=64, kv=32, ff=96, rank=4)
+LOADED_BEFORE = "onnxruntime, LoraAdapters loaded before, same one"
 NEW_SESSION = "onnxruntime, new InferenceSession, adapter baked in"
 MEMCPY = "memcpy of the tensors into memory in use"
 
@@ -76,7 +77,7 @@ def swapped_runs(made: Extracted, session: ax.AdapterSession, files: dict[str, P
         "adapterx, rebind and run": swap_and_run,
         "adapterx, run(adapter=), same adapter": lambda: session.run(None, feeds, adapter="a"),
         "adapterx, run(adapter=), the other one": lambda: session.run(None, feeds, adapter=turn()),
-        "onnxruntime, LoraAdapters loaded before, same one": lambda: plain.run(None, feeds, loras["a"][1]),
+        LOADED_BEFORE: lambda: plain.run(None, feeds, loras["a"][1]),
         "onnxruntime, LoraAdapters loaded before, the other one": lambda: plain.run(None, feeds, loras[turn()][1]),
     }
 
@@ -112,9 +113,9 @@ def with_speed(measured: list[Row], count: int) -> list[Row]:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--rounds", type=int, help="turns of each way (40, or 3 with --quick)")
+    parser.add_argument("--rounds", type=int, help="turns of each way (20, or 3 with --quick)")
     chosen = parser.parse_args()
-    sizes, rounds = (QUICK, 3) if chosen.quick else (FULL, 40)
+    sizes, rounds = (QUICK, 3) if chosen.quick else (FULL, 20)
     rounds = chosen.rounds or rounds
     count = 2 * len(sizes.sites())
     results = []
@@ -129,7 +130,7 @@ def main() -> None:
         times = interleaved(resident(made, session, files["a"]), rounds=rounds)
         results.append(Result(f"swap a resident adapter, {count} tensors", NEW_SESSION, rows(times)))
         times = interleaved(swapped_runs(made, session, files), rounds=rounds)
-        results.append(Result("a run of one token, swapped or not", next(iter(times)), rows(times)))
+        results.append(Result("a run of one token, swapped or not", LOADED_BEFORE, rows(times)))
         for rank in (sizes.rank, 4 * sizes.rank):
             adapter = random_adapter(made.adapter, rank=rank, seed=3)
             times = interleaved(first_use(session, adapter, folder), rounds=rounds)

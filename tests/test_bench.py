@@ -1,0 +1,24 @@
+"""The benches run, on small sizes; what they measure is in docs/performance.md."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.mark.parametrize("script", ["extract.py", "swap.py", "feed.py"])
+def test_a_bench_measures_every_way_and_its_peer(script: str) -> None:
+    command = [sys.executable, str(BENCH / script), "--quick", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    report = json.loads(run.stdout)
+    assert report["results"]
+    for result in report["results"]:
+        times = {row["way"]: row["milliseconds"] for row in result["rows"]}
+        assert result["peer"] in times
+        assert any(way.startswith("adapterx") for way in times)
+        assert all(value > 0 for value in times.values())
