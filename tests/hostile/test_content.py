@@ -8,7 +8,8 @@ import pytest
 
 from adapterx.adapter import Adapter, LowRank
 from adapterx.errors import FormatError
-from adapterx.formats import Limits, load_adapter, save_adapter
+from adapterx.formats import Limits, load_adapter, safetensors, save_adapter
+from adapterx.formats.file_bytes import FileBytes
 from adapterx.formats.finite import all_finite, count_nonfinite
 from adapterx.formats.tensor_table import TensorTable, low_ranks
 from tests.formats.files import DTYPES, FORMATS, matrices, one_site, pair, peft_folder, safetensors_of
@@ -46,6 +47,16 @@ def test_no_place_in_a_large_file_escapes_the_check(tmp_path: Path, place: int) 
     (a if place >= 0 else b).reshape(-1)[place] = np.nan
     name = "lora_A" if place >= 0 else "lora_B"
     refused(tmp_path, pair(a, b), rf"fc\.{name}\.weight: 1 of 262208 values")
+
+
+def test_what_was_read_before_the_check_began_is_checked_too(tmp_path: Path) -> None:  # 50
+    a, b = matrices()
+    broken = a.copy()
+    broken[0, 0] = np.nan
+    (tmp_path / "a.safetensors").write_bytes(safetensors_of(pair(broken, b)))
+    with FileBytes(tmp_path / "a.safetensors", Limits()) as file:
+        file.head(file.size - 4)
+        assert not safetensors.read(file, Limits()).finite
 
 
 def test_every_half_pattern_is_judged_as_numpy_judges_it() -> None:

@@ -114,6 +114,14 @@ def test_a_crafted_file_is_refused_with_its_cause(tmp_path: Path, content: bytes
     refused(tmp_path, content, cause)
 
 
+@pytest.mark.parametrize("missing", range(1, 4))
+def test_a_file_of_ours_that_lacks_bytes_of_its_padding_is_refused(tmp_path: Path, missing: int) -> None:  # 38
+    save_adapter(one_site(np.float16, rank=1, d_in=3, d_out=3), tmp_path / "a.onnx_adapter")
+    content = (tmp_path / "a.onnx_adapter").read_bytes()
+    assert not any(content[-3:])
+    refused(tmp_path, content[:-missing], "its content ends at")
+
+
 def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
     content = of(name="fc.lora_C.weight").replace(b"lora_C", b"lora_B")
     refused(tmp_path, content, "fc.lora_B.weight is there twice")
