@@ -50,6 +50,7 @@ class Manifest:
         packs: packed inputs, empty unless ``port == "packed"``
         mask: name of the ``[n, R]`` mask input, ``None`` in external mode
         location: file name that external initializers point at, ``None`` in the other modes
+        elsewhere: sites of the same adapters that other files of the export hold (an encoder's, in a decoder)
     """
 
     sites: SiteTable
@@ -60,6 +61,7 @@ class Manifest:
     packs: tuple[Pack, ...] = ()
     mask: str | None = MASK
     location: str | None = None
+    elsewhere: tuple[str, ...] = ()
 
     def tensor_names(self) -> dict[str, tuple[str, str]]:
         """Site name -> names of its ``a`` and ``b`` in adapter files, and in the graph where not packed."""
@@ -95,6 +97,7 @@ class Manifest:
                 raise ModelError(f"{where}: manifest has port {raw['port']!r}; expected one of {get_args(Port)}")
             raw["sites"] = SiteTable(AdapterSite(**site) for site in raw["sites"])
             raw["packs"] = tuple(Pack(p["name"], p["side"], tuple(p["sites"])) for p in raw["packs"])
+            raw["elsewhere"] = tuple(raw.get("elsewhere", ()))
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, ModelError):

@@ -111,6 +111,21 @@ def find_branches(model: ir.Model) -> list[Branch]:
     return found
 
 
+def embedding_joins(model: ir.Model) -> list[str]:
+    """Names of nodes where ``Gather(A, ids) @ B`` is added to what the base gathers for the same ``ids``."""
+    names = []
+    for node in all_nodes(model):
+        b = linear(node)
+        table = None if b is None else scaled(b.x)[0].producer()
+        join = None if b is None or not is_op(table, "Gather") else _descend(b)
+        if join is None or table is None or table.inputs[1] is None or constant(table.inputs[0]) is None:
+            continue
+        base = _base_operation(join, source(table.inputs[1]), {table})
+        if is_op(base, "Gather"):
+            names.append(join.node.name or "")
+    return names
+
+
 def _factor_before(b: Linear, linears: dict[ir.Node, Linear]) -> tuple[Linear, float] | None:
     """The linear that feeds ``b`` and the factor between them, when their ranks agree."""
     value, factor = scaled(b.x)

@@ -23,11 +23,14 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 Side = str
 
-_TENSOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?(?:\.MatMul)?\.weight(?![A-Za-z])")
+_TENSOR = re.compile(
+    r"^(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.(?!(?:weight|MatMul)\b)(?P<adapter>[^.]+))?(?:\.MatMul)?(?:\.weight\b.*)?$"
+)
 _SCOPE = re.compile(r"^(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?$")
 _DIFFUSERS = re.compile(r"^(?P<module>.+?)\.lora(?:_linear_layer|_layer)?\.(?P<side>down|up)\.weight")
 _SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _NUMBERED = re.compile(r"^(?P<stem>.+?)(?:_(?P<number>\d+))?$")
+_BASE_LAYER = re.compile(r"base_layer(?:_\d+)?")  # numbered when a module is called again
 _OPERATORS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Transpose", "MatMulScaleFusion"})
 
 
@@ -134,23 +137,28 @@ def _by_node_path(branch: Branch) -> Claim | None:
     numbers it. A Dropout that was exported too takes the first number.
     """
     a, b = _parts(branch.a.node), _parts(branch.b.node)
-    shared = next((i for i, (p, q) in enumerate(zip(a, b, strict=False)) if p != q), None)
-    if shared is None or shared == 0:
-        return None
-    adapter = _adapter_of(a[shared:], b[shared:])
-    if adapter is None:
-        return None
     base = [] if branch.base_op is None else _parts(branch.base_op)
-    if a[shared] != "lora_A" and base and base[: shared + 1] != [*a[:shared], "base_layer"]:
+    depth = next((i for i, part in enumerate(base) if _BASE_LAYER.fullmatch(part)), None)
+    if depth:
+        # PEFT alone puts what it wraps under this name; some of its layers compute both factors themselves.
+        adapter = _adapter_of(a[depth:], b[depth:]) or ""
+        inside = a[:depth] == b[:depth] == base[:depth] and len(a) > depth and len(b) > depth
+        return Claim("node_path", "/".join(a[:depth]), adapter, branch.a.node) if inside else None
+    depth = next((i for i, (p, q) in enumerate(zip(a, b, strict=False)) if p != q), None)
+    spoken = None if not depth else _adapter_of(a[depth:], b[depth:])
+    if not depth or spoken is None:
         return None
-    if not base and not (a[shared] == "lora_A" or b[shared] == f"{a[shared]}_1"):
-        return None
-    return Claim("node_path", "/".join(a[:shared]), adapter, branch.a.node)
+    by_name = a[depth] == "lora_A" or (not base and b[depth] == f"{a[depth]}_1")
+    return Claim("node_path", "/".join(a[:depth]), spoken, branch.a.node) if by_name else None
 
 
 def _parts(node: ir.Node) -> list[str]:
-    name = node.name or ""
-    return [part for part in name.split("/") if part] if "/" in name else []
+    return path_parts(node.name or "")
+
+
+def path_parts(name: str) -> list[str]:
+    """The parts of a node's path; none when the name is no path. Optimizers put words like ``fused`` before it."""
+    return [part for part in name[name.index("/") :].split("/") if part] if "/" in name else []
 
 
 def _adapter_of(a: list[str], b: list[str]) -> str | None:

@@ -81,7 +81,8 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
         dynamic_rank: inputs take adapters of any rank, each site its own
         optional_inputs: an input that is not fed makes its site the base
         adapter_format: ``safetensors``, ``onnx_adapter`` or ``npz``
-        adapter: the adapter that was exported, for models that lost their names (see :func:`find_sites`)
+        adapter: the adapter that was exported, for models that lost their names (see :func:`find_sites`), and for
+            one file of several (encoder, decoder): its sites that this file lacks are noted in the manifest
         structural: take branches by structure alone, under structural names
         partial: extract the low-rank sites of a model that also has adapter weights of other kinds, which stay
 
@@ -207,6 +208,7 @@ def _rewrite(model: ir.Model, finding: Finding, options: PortOptions, fingerprin
         packs=packs,
         mask=None if options.port == "external" else MASK,
         location=options.location if options.port == "external" else None,
+        elsewhere=finding.absent,
     )
     model.metadata_props[KEY] = manifest.dumps()
     return manifest

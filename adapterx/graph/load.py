@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,9 +15,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 
 from adapterx.errors import ModelError
 from adapterx.external_data import check_external_data, external_tensors
+from adapterx.graph.view import MICROSOFT, STANDARD
 from adapterx.manifest import manifest_of
 
 _SMALL = 1024
+_LAYER_NORM_SINCE = 17
 LOCATION = "adapterx.location"
 
 ModelLike: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | ir.Model
@@ -127,21 +131,48 @@ def _check(proto: onnx.ModelProto, where: str) -> None:
 
 def _check_graph(proto: onnx.ModelProto, where: str) -> None:
     """``onnx.checker`` on the graph alone: it would open external files, by rules that are not ours."""
+    try:
+        with _external_as_empty(proto), _ort_operators_as_theirs(proto):
+            onnx.checker.check_model(proto)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelError(f"{where} is not a valid ONNX model: {str(error).strip()}") from None
+
+
+@contextlib.contextmanager
+def _external_as_empty(proto: onnx.ModelProto) -> Iterator[None]:
+    """Empty tensors of the same name and type stand in for external ones."""
     external = [t for graph in _graphs(proto.graph) for t in graph.initializer if t.data_location == t.EXTERNAL]
     kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in external]
     for tensor in external:
-        # An empty tensor of the same name and type stands in while the checker looks.
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
         tensor.ClearField("dims")
         tensor.dims.append(0)
     try:
-        onnx.checker.check_model(proto)
-    except (onnx.checker.ValidationError, ValueError) as error:
-        raise ModelError(f"{where} is not a valid ONNX model: {str(error).strip()}") from None
+        yield
     finally:
         for tensor, original in zip(external, kept, strict=True):
             tensor.CopyFrom(original)
+
+
+@contextlib.contextmanager
+def _ort_operators_as_theirs(proto: onnx.ModelProto) -> Iterator[None]:
+    """ONNX Runtime keeps a few operators in the standard domain that ONNX does not know there; its tools write them."""
+    opset = max((entry.version for entry in proto.opset_import if entry.domain in STANDARD), default=1)
+    theirs = {"SimplifiedLayerNormalization"} | ({"LayerNormalization"} if opset < _LAYER_NORM_SINCE else set())
+    nodes = [n for graph in _graphs(proto.graph) for n in graph.node if n.op_type in theirs and n.domain in STANDARD]
+    imported = any(entry.domain == MICROSOFT for entry in proto.opset_import)
+    for node in nodes:
+        node.domain = MICROSOFT
+    if nodes and not imported:
+        proto.opset_import.add(domain=MICROSOFT, version=1)
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.domain = ""
+        if nodes and not imported:
+            del proto.opset_import[-1]
 
 
 def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:

@@ -17,16 +17,28 @@ Pair = tuple[Branch, AdapterSite]
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-def match_to_adapter(sites: list[Pair], unnamed: list[Branch], adapter: Adapter) -> tuple[list[Pair], list[Branch]]:
-    """Name what ``adapter`` can name, and check what the graph named itself.
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Match:
+    """What an adapter says of a graph's branches.
 
-    Returns:
-        The sites (named ones under the adapter's spelling), and the branches that belong to no site of the adapter.
+    Args:
+        sites: branches with their sites, under the adapter's names where it has them
+        left: branches that belong to no site of the adapter
+        absent: sites of the adapter that this graph does not hold (another file of the export may)
+    """
+
+    sites: list[Pair]
+    left: list[Branch]
+    absent: tuple[str, ...]
+
+
+def match_to_adapter(sites: list[Pair], unnamed: list[Branch], adapter: Adapter) -> Match:
+    """Name what ``adapter`` can name: branches without a name, and sites whose name lacks its first parts.
 
     Raises:
-        MismatchError: the adapter has sites that the graph lacks, or that several branches could be.
+        MismatchError: nothing of the adapter is in the graph, or several branches could be one site.
     """
-    renamed = [(branch, _renamed(site, adapter)) for branch, site in sites]
+    renamed = [(branch, _renamed(branch, site, adapter)) for branch, site in sites]
     taken = {site.name for _, site in renamed}
     open_sites = {name: low_rank for name, low_rank in adapter.sites.items() if name not in taken}
     by_value, left = _by_value(unnamed, open_sites)
@@ -35,16 +47,21 @@ def match_to_adapter(sites: list[Pair], unnamed: list[Branch], adapter: Adapter)
     by_shape, left = _by_shape(left, open_sites)
     for _, site in by_shape:
         open_sites.pop(site.name, None)
-    if open_sites:
-        raise MismatchError(_unmatched(open_sites, renamed, left))
-    return renamed + by_value + by_shape, left
+    shapes = {(branch.a.d_in, branch.b.d_out) for branch in left}
+    unclear = {name: one for name, one in open_sites.items() if (one.d_in, one.d_out) in shapes}
+    if unclear or len(open_sites) == len(adapter.sites):
+        raise MismatchError(_unmatched(unclear or open_sites, renamed, left))
+    return Match(renamed + by_value + by_shape, left, tuple(open_sites))
 
 
-def _renamed(site: AdapterSite, adapter: Adapter) -> AdapterSite:
+def _renamed(branch: Branch, site: AdapterSite, adapter: Adapter) -> AdapterSite:
     """``site`` under the adapter's name for it: the same path, or one that differs by leading parts only."""
     if site.name in adapter.sites:
         return site
     alike = [name for name in adapter.sites if name.endswith(f".{site.name}") or site.name.endswith(f".{name}")]
+    if len(alike) > 1:
+        # An encoder that was exported alone lost its prefix, and the decoder's modules end in the same words.
+        alike = [name for name in alike if _same_values(branch, adapter.sites[name])]
     return dataclasses.replace(site, name=alike[0]) if len(alike) == 1 else site
 
 

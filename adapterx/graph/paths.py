@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES, listed
+from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES, listed, path_parts
 from adapterx.graph.view import all_nodes
 
 _PEFT_ROOT = "base_model.model."
@@ -17,6 +18,8 @@ _CHECKPOINT_ROOTS = frozenset(
     | {"text_model", "vision_model", "language_model", "backbone"}
 )
 _GENAI = "onnxruntime-genai"
+# One part in common ("model") is met by chance; two are a place in a module tree.
+_SURE = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,19 +44,30 @@ class Paths:
         dotted = list(_dotted_names(model))
         plain = [name.split(".") for name in dotted if _PEFT_ROOT not in name]
         wrapper = _common_wrapper(plain, _CHECKPOINT_ROOTS | {"model"})
-        nodes = [
-            [part for part in name.split("/") if part] for node in all_nodes(model) if "/" in (name := node.name or "")
-        ]
-        node_wrapper = _common_wrapper([parts[:-1] for parts in nodes if len(parts) > 1], _CHECKPOINT_ROOTS)
-        bare = cls(wrapper, node_wrapper, frozenset(), genai=(model.producer_name or "").startswith(_GENAI))
-        modules = {module for name in dotted for module in _ancestors(bare.canonical(name))}
-        return dataclasses.replace(bare, modules=frozenset(modules))
+        bare = cls(wrapper, (), frozenset(), genai=_from_genai(model))
+        modules = frozenset(module for name in dotted for module in _ancestors(bare.canonical(name)))
+        nodes = [parts[:-1] for node in all_nodes(model) if len(parts := path_parts(node.name or "")) > 1]
+        named = dataclasses.replace(bare, modules=modules)
+        return dataclasses.replace(named, node_wrapper=named._node_wrapper(nodes))
+
+    def _node_wrapper(self, nodes: list[list[str]]) -> tuple[str, ...]:
+        """Leading parts of node paths that belong to the export: those that most nodes of known modules have."""
+        votes = Counter(
+            tuple(parts[:skip]) for parts in nodes if self._depth(parts[(skip := self._skip(parts)) :]) >= _SURE
+        )
+        if votes:
+            return votes.most_common(1)[0][0]
+        return _common_wrapper(nodes, _CHECKPOINT_ROOTS)
+
+    def _skip(self, parts: list[str]) -> int:
+        """How many leading parts to leave out so that the rest leads deepest into known modules."""
+        return max(range(len(parts)), key=lambda skip: (self._depth(parts[skip:]), -skip))
 
     def canonical(self, module: str) -> str:
         """``module``, as a claim spells it, as the checkpoint's path.
 
         Example:
-            >>> Paths((), ("m", "model"), frozenset({"model.layers.0"}), genai=False).canonical(
+            >>> Paths((), (), frozenset({"model.layers.0"}), genai=False).canonical(
             ...     "m/model/model/layers.0/self_attn/q_proj")
             'model.layers.0.self_attn.q_proj'
         """
@@ -69,19 +83,39 @@ class Paths:
         return ".".join(parts[depth:] if tuple(parts[:depth]) == self.wrapper and len(parts) > depth else parts)
 
     def _from_node(self, parts: list[str]) -> str:
-        best = max(range(len(parts)), key=lambda skip: (self._depth(parts[skip:]), -skip))
-        if self._depth(parts[best:]):
-            return ".".join(parts[best:])
+        depth = len(self.node_wrapper)
+        if depth and tuple(parts[:depth]) == self.node_wrapper and len(parts) > depth:
+            return ".".join(parts[depth:])
+        skip = self._skip(parts)
+        if self._depth(parts[skip:]) >= _SURE:
+            return ".".join(parts[skip:])
+        if head := self._head(parts):
+            return ".".join([head, *parts])
         if "base_model" in parts[:-1]:
             rest = parts[parts.index("base_model") + 1 :]
             return ".".join(rest[1:] if rest[0] == "model" and len(rest) > 1 else rest)
-        depth = len(self.node_wrapper)
-        return ".".join(parts[depth:] if tuple(parts[:depth]) == self.node_wrapper else parts)
+        return ".".join(parts)
+
+    def _head(self, parts: list[str]) -> str:
+        """What the exporter left out before ``parts``, when weights that kept their names agree on it."""
+        for n in range(len(parts) - 1, 0, -1):
+            tail = "." + ".".join(parts[:n])
+            heads = {module.removesuffix(tail) for module in self.modules if module.endswith(tail)}
+            if heads:
+                return heads.pop() if len(heads) == 1 else ""
+        return ""
 
     def _depth(self, parts: list[str]) -> int:
         """How many leading parts of a node path lead to a module that is known by name (0: none)."""
         known = (n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in self.modules)
         return next(known, 0)
+
+
+def _from_genai(model: ir.Model) -> bool:
+    if (model.producer_name or "").startswith(_GENAI):
+        return True
+    # Optimizers overwrite the producer; no other exporter ends weights like this.
+    return any(name.endswith(".MatMul.weight") for graph in model.graphs() for name in graph.initializers)
 
 
 def _ancestors(name: str) -> Iterable[str]:

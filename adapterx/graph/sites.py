@@ -13,7 +13,7 @@ import onnx_ir as ir
 from adapterx.adapter import Adapter
 from adapterx.errors import ModelError, NoAdaptersFound
 from adapterx.formats import load_adapter
-from adapterx.graph.branches import Branch, find_branches
+from adapterx.graph.branches import Branch, embedding_joins, find_branches
 from adapterx.graph.claims import Claim, claims_of, lora_marks
 from adapterx.graph.load import ModelLike, load_model
 from adapterx.graph.match import match_to_adapter, site_of
@@ -40,11 +40,13 @@ class Finding:
         found: named sites with their branches, in graph order
         left: low-rank branches that nothing shows to be adapters
         unsupported: what speaks of adapters but cannot be taken as low-rank linear sites, in words
+        absent: sites of the given adapter that this graph does not hold
     """
 
     found: tuple[Found, ...]
     left: tuple[Branch, ...]
     unsupported: tuple[str, ...]
+    absent: tuple[str, ...] = ()
 
     @property
     def sites(self) -> SiteTable:
@@ -69,7 +71,7 @@ def find_sites(model: ModelLike, *, adapter: AdapterLike | None = None, structur
 
     Raises:
         NoAdaptersFound: there is nothing to take; the message says what was looked at.
-        MismatchError: ``adapter`` has sites that this graph lacks.
+        MismatchError: nothing of ``adapter`` is in this graph, or several branches could be one of its sites.
         ModelError: the model is broken, or its own names contradict each other.
     """
     loaded = load_model(model)
@@ -89,16 +91,18 @@ def find(
     identified = [(branch, _identify(branch, paths, carriers)) for branch in branches]
     sites = [(branch, site) for branch, site in identified if site is not None]
     left = [branch for branch, site in identified if site is None]
+    absent: tuple[str, ...] = ()
     if adapter is not None:
         exported = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
-        sites, left = match_to_adapter(sites, left, exported)
+        match = match_to_adapter(sites, left, exported)
+        sites, left, absent = match.sites, match.left, match.absent
     if structural:
         candidates = [branch for branch in left if _looks_like_adapter(branch)]
         left = [branch for branch in left if branch not in candidates]
         sites += [(b, site_of(b, f"structural.{i}", "", "structure")) for i, b in enumerate(candidates)]
     order = {branch: i for i, branch in enumerate(branches)}
     sites.sort(key=lambda pair: order[pair[0]])
-    finding = Finding(_grouped(sites), tuple(left), _unsupported(model, sites))
+    finding = Finding(_grouped(sites), tuple(left), _unsupported(model, sites), absent)
     if not finding.found:
         raise NoAdaptersFound(_nothing(model, finding, where))
     return finding
@@ -174,7 +178,8 @@ def _unsupported(model: ir.Model, sites: Iterable[tuple[Branch, AdapterSite]]) -
     biased = [f"{site.name}: lora_bias (a constant is added after B)" for b, site in sites if b.bias is not None]
     biases = {b.bias for b, _ in sites}
     marks = {spoken for value, spoken in lora_marks(model).items() if value not in taken and value not in biases}
-    return (*biased, *sorted(marks))
+    embedded = [f"node {name!r}: an embedding with a low-rank branch" for name in embedding_joins(model)]
+    return (*biased, *sorted(marks), *embedded)
 
 
 def _nothing(model: ir.Model, finding: Finding, where: str) -> str:

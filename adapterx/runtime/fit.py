@@ -51,6 +51,9 @@ def fit(adapter: Adapter, manifest: Manifest, *, name: str, allow_other_base: bo
         )
         faults.append(_Fault("base", cause))
     fixed_rank = manifest.port != "external" and not manifest.dynamic_rank
+    here = [site for site in adapter.sites if site not in manifest.elsewhere]
+    if here and len(here) < len(adapter.sites):
+        adapter = Adapter({site: adapter.sites[site] for site in here}, adapter.metadata)
     return _fitted(adapter, manifest.sites, name=name, fixed_rank=fixed_rank, faults=faults)
 
 
