@@ -141,6 +141,8 @@ def _present_in(case: Case, rows: list[TruthSite]) -> list[TruthSite]:
         return [part for row in rows for part in _split(row, case)]
     if case.file.startswith("encoder"):
         return [row for row in rows if row.name.startswith("encoder.")]
+    if not case.file:
+        return rows
     # Keys and values of the encoder's states come from the cache there.
     cached = ("EncDecAttention.k", "EncDecAttention.v") if case.file == "decoder_with_past_model.onnx" else ()
     return [row for row in rows if not row.name.startswith("encoder.") and not row.name.endswith(cached or ("\0",))]
