@@ -4,7 +4,7 @@ import contextlib
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adapterx.formats.module_pattern import Budget, ModulePattern, PatternError
@@ -15,6 +15,9 @@ PIECES = st.lists(st.tuples(st.sampled_from(ATOMS), st.sampled_from(REPEATS)).ma
 
 
 @given(PIECES.map("".join), st.sampled_from(["", "|a", "|b.*"]), st.text("ab.1", max_size=8))
+@example("a{2}", "", "a")
+@example("a{2,3}", "", "b.aaaa")
+@example("(.a){0,3}", "|b.*", "a.b1")
 def test_a_pattern_fits_what_peft_matches(start: str, end: str, name: str) -> None:
     pattern = start + end
     try:
@@ -59,3 +62,8 @@ def test_patterns_that_explode_elsewhere_take_a_bounded_number_of_steps(pattern:
     with contextlib.suppress(PatternError):
         ModulePattern.parse(pattern).fits("a" * 200 + "!", budget)
     assert budget.steps > -1000
+
+
+def test_a_repeat_that_moves_nowhere_is_counted_too() -> None:
+    with pytest.raises(PatternError, match="too many steps"):
+        ModulePattern.parse("((^{512}){512}){512}").fits("a", Budget(10_000))

@@ -264,6 +264,13 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path: Path, protocol: int) -> 
         assert "save_pretrained" in refused(tmp_path, content, "this is a pickle", name)
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path: Path, length: int) -> None:  # 28, 29
+    header = json.dumps(GOOD).encode().ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, DATA))
+    assert load_adapter(tmp_path / "a.safetensors").ranks == (2,)
+
+
 def test_a_textual_pickle_is_known_by_its_suffix(tmp_path: Path) -> None:  # 29
     refused(tmp_path, b"cos\nsystem\n(S'touch owned'\ntR.", "this is a pickle", "weights.pt")
 
@@ -274,6 +281,7 @@ def test_a_torch_archive_is_refused_as_a_pickle(tmp_path: Path) -> None:  # 29
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02.")
     refused(tmp_path, (tmp_path / "a.pt").read_bytes(), "this is a pickle", "a.npz")
+    refused(tmp_path, (tmp_path / "a.pt").read_bytes()[:-5], "this is a pickle", "a.npz")
 
 
 def test_a_peft_folder_of_pickles_is_refused(tmp_path: Path) -> None:  # 29
