@@ -142,7 +142,7 @@ class Adapter:
         digest = hashlib.sha256()
         for name, array in self.tensors():
             digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
-            digest.update(array.view(np.uint8).reshape(-1) if array.size else b"")
+            digest.update(array.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, Array]]:

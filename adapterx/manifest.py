@@ -20,6 +20,8 @@ MASK = "adapter_mask"
 
 Port = Literal["input", "packed", "external"]
 
+_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pack:
@@ -95,7 +97,7 @@ class Manifest:
                 )
             if raw["port"] not in get_args(Port):
                 raise ModelError(f"{where}: manifest has port {raw['port']!r}; expected one of {get_args(Port)}")
-            raw["sites"] = SiteTable(AdapterSite(**site) for site in raw["sites"])
+            raw["sites"] = SiteTable(_site(site) for site in raw["sites"])
             raw["packs"] = tuple(Pack(p["name"], p["side"], tuple(p["sites"])) for p in raw["packs"])
             raw["elsewhere"] = tuple(raw.get("elsewhere", ()))
             return cls(**raw)
@@ -103,6 +105,14 @@ class Manifest:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(f"{where}: its adapterx manifest is broken ({error}); extract the model again") from None
+
+
+def _site(raw: dict[str, Any]) -> AdapterSite:
+    site = AdapterSite(**raw)
+    sizes = (site.d_in, site.d_out, site.rank)
+    if site.dtype not in _DTYPES or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"site {site.name!r} has dtype {site.dtype!r} and sizes {sizes}")
+    return site
 
 
 def manifest_of(metadata: Mapping[str, Any], *, where: str) -> Manifest | None:

@@ -79,7 +79,9 @@ class SiteTable(list[AdapterSite]):
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=max(100, 100 + max((len(s.name) for s in self), default=0))).print(self.table())
+        width = 100 + max((len(site.name) for site in self), default=0)
+        # Names come from files of strangers: nothing in them is markup.
+        Console(file=text, width=width, markup=False, emoji=False, highlight=False).print(self.table())
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
