@@ -76,9 +76,8 @@ def main() -> None:
         def run(way: str) -> None:
             inner[way].append(in_fresh_process(sys.argv[0], "--alone", way, str(model)))
 
-        times = interleaved(
-            {way: lambda w=way: run(w) for way in WAYS}, rounds=chosen.rounds or (1 if chosen.quick else 5)
-        )
+        rounds = chosen.rounds or (1 if chosen.quick else 5)
+        times = interleaved({way: lambda w=way: run(w) for way in WAYS}, rounds=rounds, warm_up=not chosen.quick)
     facts = {
         way: {
             "call alone": f"{sorted(d['seconds'] for d in done)[len(done) // 2]:.2f} s",

@@ -65,15 +65,18 @@ class Result:
         return table
 
 
-def interleaved(ways: Mapping[str, Way], *, rounds: int, repeat: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    ways: Mapping[str, Way], *, rounds: int, repeat: int = 1, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Milliseconds of each way in each round. The ways take turns, so a noisy neighbour hits all of them alike.
 
     Args:
         ways: name -> what to time
         rounds: how often each way gets its turn
         repeat: calls per turn, for what is too short to time once; the figure is per call
+        warm_up: call each way once before, unmeasured
     """
-    for way in ways.values():
+    for way in ways.values() if warm_up else ():
         way()
     times: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
