@@ -52,6 +52,7 @@ class Manifest:
         packs: packed inputs, empty unless ``port == "packed"``
         mask: name of the ``[n, R]`` mask input, ``None`` in external mode
         location: file name that external initializers point at, ``None`` in the other modes
+        base_model: what the exported adapter calls its base, where it was given at extraction, else ``""``
         elsewhere: sites of the same adapters that other files of the export hold (an encoder's, in a decoder)
     """
 
@@ -63,6 +64,7 @@ class Manifest:
     packs: tuple[Pack, ...] = ()
     mask: str | None = MASK
     location: str | None = None
+    base_model: str = ""
     elsewhere: tuple[str, ...] = ()
 
     def tensor_names(self) -> dict[str, tuple[str, str]]:

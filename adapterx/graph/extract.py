@@ -208,6 +208,7 @@ def _rewrite(model: ir.Model, finding: Finding, options: PortOptions, fingerprin
         packs=packs,
         mask=None if options.port == "external" else MASK,
         location=options.location if options.port == "external" else None,
+        base_model=finding.base_model,
         elsewhere=finding.absent,
     )
     model.metadata_props[KEY] = manifest.dumps()

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from adapterx.errors import ModelError
 from adapterx.external_data import check_external_data, external_tensors
 from adapterx.graph.view import MICROSOFT, STANDARD
+from adapterx.graph.weights import moved
 from adapterx.manifest import manifest_of
 
 _SMALL = 1024
@@ -95,15 +96,7 @@ def _through_links(model: ir.Model, folder: Path) -> None:
             if not isinstance(tensor, ir.ExternalTensor) or not (folder / tensor.location).is_symlink():
                 continue
             real = (folder / tensor.location).resolve()
-            behind = ir.ExternalTensor(
-                real.name,
-                tensor.offset,
-                tensor.length,
-                tensor.dtype,
-                shape=tensor.shape,
-                name=tensor.name or "",
-                base_dir=real.parent,
-            )
+            behind = moved(tensor, real.name, real.parent)
             behind.meta[LOCATION] = str(tensor.location)
             value.const_value = behind
 
@@ -120,22 +113,22 @@ def check_model(model: ir.Model, where: str) -> None:
 
 
 def _check(proto: onnx.ModelProto, where: str) -> None:
-    opset = max((entry.version for entry in proto.opset_import if entry.domain in {"", "ai.onnx"}), default=1)
-    if opset > onnx.defs.onnx_opset_version():
+    """``onnx.checker`` on the graph alone: it would open external files, by rules that are not ours."""
+    known = onnx.defs.onnx_opset_version()
+    if _opset(proto) > known:
         raise ModelError(
-            f"{where} uses opset {opset}; onnx {onnx.__version__} knows opsets up to {onnx.defs.onnx_opset_version()}. "
+            f"{where} uses opset {_opset(proto)}; onnx {onnx.__version__} knows opsets up to {known}. "
             "Install a newer onnx, or export for an older opset"
         )
-    _check_graph(proto, where)
-
-
-def _check_graph(proto: onnx.ModelProto, where: str) -> None:
-    """``onnx.checker`` on the graph alone: it would open external files, by rules that are not ours."""
     try:
         with _external_as_empty(proto), _ort_operators_as_theirs(proto):
             onnx.checker.check_model(proto)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(f"{where} is not a valid ONNX model: {str(error).strip()}") from None
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    return max((entry.version for entry in proto.opset_import if entry.domain in STANDARD), default=1)
 
 
 @contextlib.contextmanager
@@ -158,8 +151,8 @@ def _external_as_empty(proto: onnx.ModelProto) -> Iterator[None]:
 @contextlib.contextmanager
 def _ort_operators_as_theirs(proto: onnx.ModelProto) -> Iterator[None]:
     """ONNX Runtime keeps a few operators in the standard domain that ONNX does not know there; its tools write them."""
-    opset = max((entry.version for entry in proto.opset_import if entry.domain in STANDARD), default=1)
-    theirs = {"SimplifiedLayerNormalization"} | ({"LayerNormalization"} if opset < _LAYER_NORM_SINCE else set())
+    old = _opset(proto) < _LAYER_NORM_SINCE
+    theirs = {"SimplifiedLayerNormalization"} | ({"LayerNormalization"} if old else set())
     nodes = [n for graph in _graphs(proto.graph) for n in graph.node if n.op_type in theirs and n.domain in STANDARD]
     imported = any(entry.domain == MICROSOFT for entry in proto.opset_import)
     for node in nodes:

@@ -25,24 +25,25 @@ def rewire(branch: Branch, ports: tuple[ir.Value, ir.Value], mask: ir.Value) -> 
         ports: values for ``a`` ``[r, d_in]`` and ``b`` ``[r, d_out]``
         mask: broadcast-ready mask
     """
-    join = branch.join
     base, before = _base_of(branch)
-    node = ir.node(LOW_RANK_ADD, [base, branch.x, *ports, mask], domain=DOMAIN, version=VERSION, name=join.name)
-    node.metadata_props.update(join.metadata_props)
-    total = node.outputs[0]
-    after, outputs = _after(join, total)
-    _replace(join, [*before, node, *after], outputs)
-    _drop_dead([branch.b.node, branch.a.node, *(p for v in (branch.delta,) if v is not None and (p := v.producer()))])
+    inputs = [base, branch.x, *ports, mask]
+    node = ir.node(LOW_RANK_ADD, inputs, domain=DOMAIN, version=VERSION, name=branch.join.name)
+    node.metadata_props.update(branch.join.metadata_props)
+    _put(branch, node, before)
 
 
 def bypass(branch: Branch) -> None:
     """Take ``branch`` out and put nothing in its place: another branch of the same site carries the port."""
-    join = branch.join
     base, before = _base_of(branch)
-    same = ir.node("Identity", [base], name=join.name)
-    after, outputs = _after(join, same.outputs[0])
-    _replace(join, [*before, same, *after], outputs)
-    _drop_dead([branch.b.node, branch.a.node, *(p for v in (branch.delta,) if v is not None and (p := v.producer()))])
+    _put(branch, ir.node("Identity", [base], name=branch.join.name), before)
+
+
+def _put(branch: Branch, node: ir.Node, before: list[ir.Node]) -> None:
+    """Let ``node`` give what the join gave, and remove what nothing reads any more."""
+    after, outputs = _after(branch.join, node.outputs[0])
+    _replace(branch.join, [*before, node, *after], outputs)
+    scaling = None if branch.delta is None else branch.delta.producer()
+    _drop_dead([branch.b.node, branch.a.node, *([scaling] if scaling is not None else [])])
 
 
 def _base_of(branch: Branch) -> tuple[ir.Value, list[ir.Node]]:

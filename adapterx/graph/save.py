@@ -12,6 +12,7 @@ import onnx_ir as ir
 from adapterx.atomic import atomic_write, copy_file, replacing
 from adapterx.errors import ModelError
 from adapterx.graph.load import LOCATION
+from adapterx.graph.weights import moved
 from adapterx.progress import progress
 
 # Below this a copy costs less than a tenth of a second, and spares the reader the trap of hard links (see `place`).
@@ -67,15 +68,7 @@ def _name_as_placed(model: ir.Model) -> None:
     for value in _initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and LOCATION in tensor.meta:
-            value.const_value = ir.ExternalTensor(
-                tensor.meta[LOCATION],
-                tensor.offset,
-                tensor.length,
-                tensor.dtype,
-                shape=tensor.shape,
-                name=tensor.name or "",
-                base_dir=tensor.base_dir,
-            )
+            value.const_value = moved(tensor, tensor.meta[LOCATION], str(tensor.base_dir))
 
 
 def _sources(model: ir.Model, ours: str | None) -> dict[str, Path]:

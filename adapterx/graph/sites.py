@@ -41,12 +41,14 @@ class Finding:
         left: low-rank branches that nothing shows to be adapters
         unsupported: what speaks of adapters but cannot be taken as low-rank linear sites, in words
         absent: sites of the given adapter that this graph does not hold
+        base_model: what the given adapter calls its base
     """
 
     found: tuple[Found, ...]
     left: tuple[Branch, ...]
     unsupported: tuple[str, ...]
     absent: tuple[str, ...] = ()
+    base_model: str = ""
 
     @property
     def sites(self) -> SiteTable:
@@ -92,17 +94,19 @@ def find(
     sites = [(branch, site) for branch, site in identified if site is not None]
     left = [branch for branch, site in identified if site is None]
     absent: tuple[str, ...] = ()
+    base_model = ""
     if adapter is not None:
         exported = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
         match = match_to_adapter(sites, left, exported)
         sites, left, absent = match.sites, match.left, match.absent
+        base_model = exported.metadata.get("base_model", "")
     if structural:
         candidates = [branch for branch in left if _looks_like_adapter(branch)]
         left = [branch for branch in left if branch not in candidates]
         sites += [(b, site_of(b, f"structural.{i}", "", "structure")) for i, b in enumerate(candidates)]
     order = {branch: i for i, branch in enumerate(branches)}
     sites.sort(key=lambda pair: order[pair[0]])
-    finding = Finding(_grouped(sites), tuple(left), _unsupported(model, sites), absent)
+    finding = Finding(_grouped(sites), tuple(left), _unsupported(model, sites), absent, base_model)
     if not finding.found:
         raise NoAdaptersFound(_nothing(model, finding, where))
     return finding

@@ -30,6 +30,19 @@ def read_diagonal(tensor: ir.TensorProtocol, picks: Array) -> Array:
     return np.concatenate([_elements(tensor, int(i) * (width + 1), 1) for i in picks])
 
 
+def moved(tensor: ir.ExternalTensor, location: str, folder: Path | str) -> ir.ExternalTensor:
+    """The same bytes, said to lie in ``folder / location``."""
+    return ir.ExternalTensor(
+        location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name or "",
+        base_dir=folder,
+    )
+
+
 def _elements(tensor: ir.ExternalTensor, first: int, count: int) -> Array:
     dtype = np.dtype(tensor.dtype.numpy())
     offset = (tensor.offset or 0) + first * dtype.itemsize

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
 import numpy as np
 
 from adapterx.adapter import Adapter, Array, LowRank
 from adapterx.errors import MismatchError, nearest
+from adapterx.formats.onnx_adapter import model_version
 from adapterx.manifest import Manifest
 from adapterx.runtime.names import renaming
 from adapterx.runtime.split import fused_sites, split
@@ -42,19 +43,34 @@ def fit(adapter: Adapter, manifest: Manifest, *, name: str, allow_other_base: bo
     Raises:
         MismatchError: naming every fault: unknown sites, shapes, ranks of fixed ports, dtypes, the base's fingerprint.
     """
-    made_for = adapter.metadata.get("base_fingerprint", "")
-    faults = []
-    if made_for and manifest.fingerprint and made_for != manifest.fingerprint and not allow_other_base:
-        cause = (
-            f"adapter was made for {made_for[:12]}, model is {manifest.fingerprint[:12]}; "
-            "allow_other_base=True takes it all the same"
-        )
-        faults.append(_Fault("base", cause))
+    faults = [] if allow_other_base else [_Fault("base", cause) for cause in _other_base(adapter.metadata, manifest)]
     fixed_rank = manifest.port != "external" and not manifest.dynamic_rank
     here = [site for site in adapter.sites if site not in manifest.elsewhere]
     if here and len(here) < len(adapter.sites):
         adapter = Adapter({site: adapter.sites[site] for site in here}, adapter.metadata)
     return _fitted(adapter, manifest.sites, name=name, fixed_rank=fixed_rank, faults=faults)
+
+
+def _other_base(metadata: Mapping[str, str], manifest: Manifest) -> Iterator[str]:
+    """What speaks against one base, where both sides say something."""
+    told = {
+        "fingerprint": (metadata.get("base_fingerprint", ""), manifest.fingerprint),
+        "version": (metadata.get("model_version", ""), _version(manifest.fingerprint)),
+        # A folder name is what is left of a local path on another machine.
+        "name": tuple(
+            name.rstrip("/").rpartition("/")[2] for name in (metadata.get("base_model", ""), manifest.base_model)
+        ),
+    }
+    for what, (adapters, models) in told.items():
+        if adapters and models and adapters != models:
+            yield (
+                f"adapter was made for {what} {adapters[:40]!r}, model is {models[:40]!r}; "
+                "allow_other_base=True takes it all the same"
+            )
+
+
+def _version(fingerprint: str) -> str:
+    return str(model_version(fingerprint)) if fingerprint else ""
 
 
 def fitted(

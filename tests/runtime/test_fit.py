@@ -1,5 +1,6 @@
 """Does this adapter belong to this model?"""
 
+import dataclasses
 import time
 
 import ml_dtypes
@@ -77,12 +78,41 @@ def test_only_inputs_can_have_a_fixed_rank(port, fits):
 
 def test_an_adapter_for_another_base_is_refused_unless_that_is_allowed():
     other = Adapter(dict(adapter_of().sites), {"base_fingerprint": "0" * 64})
-    with pytest.raises(MismatchError, match=r"(?s)fit this model:\n  base: .*000000000000, model is ffffffffffff"):
+    with pytest.raises(MismatchError, match=r"(?s)fit this model:\n  base: .*fingerprint '0000.*model is 'ffff"):
         AdapterSession(Chain().model(), {"it": other})
     AdapterSession(Chain().model(), {"it": other}, allow_other_base=True).run(None, rows(), adapter="it")
     for known, fingerprint in [("f" * 64, "f" * 64), ("0" * 64, ""), ("", "f" * 64)]:
         adapter = Adapter(dict(other.sites), {"base_fingerprint": known})
         assert fit(adapter, Chain(fingerprint=fingerprint).manifest(), name="it") is adapter
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ({"model_version": "7"}, "made for version '7'"),
+        ({"base_model": "acme/other-1b"}, "made for name 'other-1b', model is 'llama-1b'"),
+    ],
+)
+def test_a_version_or_a_base_models_name_that_differs_is_refused_unless_that_is_allowed(metadata, told):
+    adapter = Adapter(dict(adapter_of().sites), metadata)
+    manifest = dataclasses.replace(Chain().manifest(), base_model="meta/llama-1b")
+    with pytest.raises(MismatchError, match=told):
+        fit(adapter, manifest, name="it")
+    assert fit(adapter, manifest, name="it", allow_other_base=True) is adapter
+
+
+def test_a_base_that_lay_in_another_folder_is_the_same_base():
+    adapter = Adapter(dict(adapter_of().sites), {"base_model": "/home/me/llama-1b/"})
+    manifest = dataclasses.replace(Chain().manifest(), base_model="meta/llama-1b")
+    assert fit(adapter, manifest, name="it") is adapter
+
+
+def test_sites_that_lie_in_another_file_of_the_export_are_passed_over():
+    adapter = Adapter({**adapter_of().sites, "encoder.q": change()})
+    manifest = dataclasses.replace(Chain().manifest(), elsewhere=("encoder.q",))
+    assert fit(adapter, manifest, name="it") == adapter_of()
+    with pytest.raises(MismatchError, match=r"encoder\.q: no such site"):
+        fit(adapter, Chain().manifest(), name="it")
 
 
 def test_the_fault_of_the_base_is_told_together_with_those_of_the_sites():
