@@ -45,6 +45,11 @@ class AdapterSite:
     name_source: NameSource
     node: str
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_in, d_out)``."""
+        return self.d_in, self.d_out
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types, in the order above."""
         return dataclasses.asdict(self)
