@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from adapterx.adapter import Adapter, LowRank
-from adapterx.errors import ModelError, OptionError
+from adapterx.errors import ModelError, OptionError, nearest
 from adapterx.formats import save_adapter
 from adapterx.graph.branches import Branch
 from adapterx.graph.load import ModelLike, check_model, load_model
@@ -126,7 +126,9 @@ def _check_options(make_inputs: bool, pack_inputs: bool, adapter_format: str) ->
     if pack_inputs and not make_inputs:
         raise OptionError("pack_inputs packs graph inputs, so it needs make_inputs=True; got make_inputs=False")
     if adapter_format not in get_args(AdapterFormat):
-        raise OptionError(f"adapter_format must be one of {get_args(AdapterFormat)}; got {adapter_format!r}")
+        known = get_args(AdapterFormat)
+        hint = nearest(str(adapter_format), known)
+        raise OptionError(f"adapter_format must be one of {', '.join(known)}; got {adapter_format!r}{hint}")
 
 
 def _target(model: ModelLike, folder: Path) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
 import numpy as np
@@ -79,7 +80,8 @@ def fitted(
     """The adapter under the names, dtypes and parts of ``sites``; sites that it lacks stay absent.
 
     Names must be equal, but for one dotted prefix that all names of one side have more than the other's
-    (``model.encoder.layer.0.q`` and ``encoder.layer.0.q``), and only when a single such prefix fits.
+    (``model.encoder.layer.0.q`` and ``encoder.layer.0.q``), and only when a single such prefix fits. Where the model's
+    sites have no names, shapes decide, and only when each shape occurs once.
 
     Args:
         adapter: what a reader made
@@ -104,7 +106,7 @@ def _fitted(
 ) -> Adapter:
     table = by_name(sites)
     fused = fused_sites(table)
-    rename = renaming(adapter.sites, {*table, *fused})
+    rename = _by_shape(adapter, table) or renaming(adapter.sites, {*table, *fused})
     found: dict[str, LowRank] = {}
     for given, low_rank in adapter.sites.items():
         target = rename(given)
@@ -115,6 +117,18 @@ def _fitted(
         raise MismatchError(_message(name, faults, len(adapter.sites), [*table, *fused]))
     unchanged = found.keys() == adapter.sites.keys() and all(found[s] is adapter.sites[s] for s in found)
     return adapter if unchanged else Adapter(found, adapter.metadata)
+
+
+def _by_shape(adapter: Adapter, table: Mapping[str, AdapterSite]) -> Callable[[str], str] | None:
+    """Names for a model whose sites have none, when every shape tells one site of it from all others."""
+    if adapter.sites.keys() & table.keys() or any(site.name_source != "structure" for site in table.values()):
+        return None
+    places = Counter(site.shape for site in table.values())
+    given = Counter((low_rank.d_in, low_rank.d_out) for low_rank in adapter.sites.values())
+    if any(places[shape] != 1 or count != 1 for shape, count in given.items()):
+        return None
+    by_shape = {site.shape: name for name, site in table.items()}
+    return lambda name: by_shape[adapter.sites[name].d_in, adapter.sites[name].d_out]
 
 
 def _place(found: dict[str, LowRank], parts: tuple[AdapterSite, ...], low_rank: LowRank) -> list[str]:
@@ -188,4 +202,6 @@ def _message(name: str, faults: list[_Fault], of: int, known: list[str]) -> str:
     places = len({fault.place for fault in faults if fault.place != "base"})
     at = f" at {places} of {of} sites" if places else ""
     head = f"adapter {name!r} does not fit this model{at}:"
+    if any(place.startswith("structural.") for place in known):
+        lines.append("  the model's sites have no names, and several have one shape; extract it with adapter=...")
     return "\n".join([head, *lines, "Export both from one checkpoint. `adapterx sites model.onnx` lists the model's."])

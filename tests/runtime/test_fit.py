@@ -107,6 +107,18 @@ def test_a_base_that_lay_in_another_folder_is_the_same_base():
     assert fit(adapter, manifest, name="it") is adapter
 
 
+def test_sites_without_names_are_matched_by_shape_where_each_shape_occurs_once():
+    def unnamed_sites(*widths):
+        named = (site(f"structural.{i}", d_out=d_out) for i, d_out in enumerate(widths))
+        return [dataclasses.replace(one, name_source="structure") for one in named]
+
+    unnamed = unnamed_sites(2, 3)
+    taken = fitted(Adapter({"model.b": change(d_out=3), "model.a": change(d_out=2)}), unnamed)
+    assert {name: one.d_out for name, one in taken.sites.items()} == {"structural.0": 2, "structural.1": 3}
+    with pytest.raises(MismatchError, match="several have one shape"):
+        fitted(Adapter({"model.a": change(d_out=2)}), unnamed_sites(2, 2))
+
+
 def test_sites_that_lie_in_another_file_of_the_export_are_passed_over():
     adapter = Adapter({**adapter_of().sites, "encoder.q": change()})
     manifest = dataclasses.replace(Chain().manifest(), elsewhere=("encoder.q",))
