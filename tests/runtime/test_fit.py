@@ -102,7 +102,7 @@ def test_a_version_or_a_base_models_name_that_differs_is_refused_unless_that_is_
 
 
 def test_a_base_that_lay_in_another_folder_is_the_same_base():
-    adapter = Adapter(dict(adapter_of().sites), {"base_model": "/home/me/llama-1b/"})
+    adapter = Adapter(dict(adapter_of().sites), {"base_model": "checkpoints/llama-1b/"})
     manifest = dataclasses.replace(Chain().manifest(), base_model="meta/llama-1b")
     assert fit(adapter, manifest, name="it") is adapter
 
