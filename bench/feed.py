@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from extracted import Extracted, activations, one_thread, prepare
 from llama_export import Llama
-from measure import Result, Way, interleaved, options, report, rows
+from measure import Result, Way, clock_option, interleaved, options, report, rows
 
 import adapterx as ax
 
@@ -60,6 +60,7 @@ def check(all_ways: dict[str, Way]) -> None:
 
 def main() -> None:
     parser = options(__doc__)
+    clock_option(parser)
     parser.add_argument("--rounds", type=int, help="turns of each way (60, or 3 with --quick)")
     chosen = parser.parse_args()
     sizes, rounds = (QUICK, 3) if chosen.quick else (FULL, 60)
@@ -69,7 +70,7 @@ def main() -> None:
         for tokens in (1, 64):
             all_ways = ways(made, activations(sizes, rows=1, tokens=tokens))
             check(all_ways)
-            times = interleaved(all_ways, rounds=chosen.rounds or rounds, repeat=3)
+            times = interleaved(all_ways, rounds=chosen.rounds or rounds, repeat=3, clock=chosen.clock)
             count = 2 * len(sizes.sites())
             title = f"one run, batch 1, {tokens} token(s), {count} adapter tensors of rank {sizes.rank}, d {sizes.d}"
             results.append(Result(title, BAKED, rows(times)))

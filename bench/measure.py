@@ -66,7 +66,12 @@ class Result:
 
 
 def interleaved(
-    ways: Mapping[str, Way], *, rounds: int, repeat: int = 1, warm_up: bool = True
+    ways: Mapping[str, Way],
+    *,
+    rounds: int,
+    repeat: int = 1,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of each way in each round. The ways take turns, so a noisy neighbour hits all of them alike.
 
@@ -75,6 +80,7 @@ def interleaved(
         rounds: how often each way gets its turn
         repeat: calls per turn, for what is too short to time once; the figure is per call
         warm_up: call each way once before, unmeasured
+        clock: seconds; ``time.thread_time`` counts the work of this thread, however busy the machine is with others'
     """
     for way in ways.values() if warm_up else ():
         way()
@@ -84,10 +90,10 @@ def interleaved(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             way = ways[name]
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeat):
                 way()
-            times[name].append((time.perf_counter() - start) * 1e3 / repeat)
+            times[name].append((clock() - start) * 1e3 / repeat)
     return times
 
 
@@ -136,6 +142,18 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: does it run at all?")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     return parser
+
+
+def clock_option(parser: argparse.ArgumentParser) -> None:
+    """For benches whose ways all run in the calling thread."""
+    parser.add_argument(
+        "--cpu",
+        dest="clock",
+        action="store_const",
+        const=time.thread_time,
+        default=time.perf_counter,
+        help="count the CPU time of the thread instead of the clock on the wall: for a machine that others use too",
+    )
 
 
 def report(results: Iterable[Result], *, as_json: bool) -> None:

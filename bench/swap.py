@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from extracted import Extracted, activations, one_thread, prepare, random_adapter
 from llama_export import Llama
-from measure import Result, Row, Way, interleaved, megabytes, options, report, rows
+from measure import Result, Row, Way, clock_option, interleaved, megabytes, options, report, rows
 
 import adapterx as ax
 
@@ -88,8 +88,8 @@ def first_use(session: ax.AdapterSession, adapter: ax.Adapter, folder: Path) -> 
     used = np.zeros_like(tensors)
     found: dict[str, Way] = {MEMCPY: lambda: np.copyto(used, tensors), "memcpy into fresh memory": tensors.copy}
 
-    def load_and_bind(file: Path) -> object:
-        session.load_adapter("fresh", file)
+    def load_and_bind(given: Path | ax.Adapter) -> object:
+        session.load_adapter("fresh", given)
         return session.bind("fresh")
 
     for suffix in ("safetensors", "onnx_adapter", "npz"):
@@ -97,6 +97,7 @@ def first_use(session: ax.AdapterSession, adapter: ax.Adapter, folder: Path) -> 
         ax.save_adapter(adapter, file)
         found[f"adapterx, load_adapter + bind, .{suffix}"] = lambda file=file: load_and_bind(file)
     plain = folder / "fresh.safetensors"
+    found["adapterx, the same, load_adapter(mmap=True)"] = lambda: load_and_bind(ax.load_adapter(plain, mmap=True))
     found["read the bytes (Path.read_bytes)"] = plain.read_bytes
     found["onnxruntime, LoraAdapter.Load (maps, reads nothing)"] = lambda: lora_run_options(
         folder / "fresh.onnx_adapter"
@@ -113,6 +114,7 @@ def with_speed(measured: list[Row], count: int) -> list[Row]:
 
 def main() -> None:
     parser = options(__doc__)
+    clock_option(parser)
     parser.add_argument("--rounds", type=int, help="turns of each way (20, or 3 with --quick)")
     chosen = parser.parse_args()
     sizes, rounds = (QUICK, 3) if chosen.quick else (FULL, 20)
@@ -127,13 +129,13 @@ def main() -> None:
             files[letter] = folder / f"{letter}.onnx_adapter"
             ax.save_adapter(random_adapter(made.adapter, rank=sizes.rank, seed=seed), files[letter])
         session = ax.AdapterSession(made.model, adapters=dict(files), session_options=one_thread())
-        times = interleaved(resident(made, session, files["a"]), rounds=rounds)
+        times = interleaved(resident(made, session, files["a"]), rounds=rounds, clock=chosen.clock)
         results.append(Result(f"swap a resident adapter, {count} tensors", NEW_SESSION, rows(times)))
-        times = interleaved(swapped_runs(made, session, files), rounds=rounds)
+        times = interleaved(swapped_runs(made, session, files), rounds=rounds, clock=chosen.clock)
         results.append(Result("a run of one token, swapped or not", LOADED_BEFORE, rows(times)))
         for rank in (sizes.rank, 4 * sizes.rank):
             adapter = random_adapter(made.adapter, rank=rank, seed=3)
-            times = interleaved(first_use(session, adapter, folder), rounds=rounds)
+            times = interleaved(first_use(session, adapter, folder), rounds=rounds, clock=chosen.clock)
             title = f"first use of an adapter from disk, {count} tensors, rank {rank}, {megabytes(adapter.nbytes)}"
             results.append(Result(title, MEMCPY, with_speed(rows(times), adapter.nbytes)))
     report(results, as_json=chosen.json)
