@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from adapterx.graph.branches import Branch
-from adapterx.graph.view import Linear, is_op
+from adapterx.graph.view import Linear
 from adapterx.site import NameSource
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
@@ -138,18 +138,22 @@ def _by_node_path(branch: Branch) -> Claim | None:
     """
     a, b = _parts(branch.a.node), _parts(branch.b.node)
     base = [] if branch.base_op is None else _parts(branch.base_op)
-    depth = next((i for i, part in enumerate(base) if _BASE_LAYER.fullmatch(part)), None)
-    if depth:
+    if depth := base_layer_depth(base):
         # PEFT alone puts what it wraps under this name; some of its layers compute both factors themselves.
         adapter = _adapter_of(a[depth:], b[depth:]) or ""
         inside = a[:depth] == b[:depth] == base[:depth] and len(a) > depth and len(b) > depth
         return Claim("node_path", "/".join(a[:depth]), adapter, branch.a.node) if inside else None
-    depth = next((i for i, (p, q) in enumerate(zip(a, b, strict=False)) if p != q), None)
-    spoken = None if not depth else _adapter_of(a[depth:], b[depth:])
-    if not depth or spoken is None:
+    depth = next((i for i, (p, q) in enumerate(zip(a, b, strict=False)) if p != q), 0)
+    spoken = _adapter_of(a[depth:], b[depth:]) if depth else None
+    if spoken is None:
         return None
     by_name = a[depth] == "lora_A" or (not base and b[depth] == f"{a[depth]}_1")
     return Claim("node_path", "/".join(a[:depth]), spoken, branch.a.node) if by_name else None
+
+
+def base_layer_depth(parts: list[str]) -> int:
+    """How many parts name the module that PEFT wrapped; 0 when the path does not lead to what it wraps."""
+    return next((i for i, part in enumerate(parts) if _BASE_LAYER.fullmatch(part)), 0)
 
 
 def _parts(node: ir.Node) -> list[str]:
@@ -170,28 +174,3 @@ def _adapter_of(a: list[str], b: list[str]) -> str | None:
     if first is None or second is None or first["stem"] != second["stem"] or first["stem"] in _OPERATORS:
         return None
     return first["stem"] if int(second["number"] or 0) == int(first["number"] or 0) + 1 else None
-
-
-def lora_marks(model: ir.Model) -> dict[ir.Value, str]:
-    """Constants that are in use and whose names or metadata speak of an adapter, with the words that do."""
-    marks: dict[ir.Value, str] = {}
-    for value in _constants(model):
-        names = [value.name or "", *listed(value.metadata_props.get(FOLDED_FROM))]
-        spoken = next((name for name in names if _MARK.search(name)), None)
-        if spoken is not None and (value.uses() or value.is_graph_output()):
-            marks[value] = spoken
-    return marks
-
-
-_MARK = re.compile(
-    r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)|\.(?:hada_w|lokr_w|ia3_l|vera_lambda|oft_)"
-    r"|\.modules_to_save\."
-)
-
-
-def _constants(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in model.graphs():
-        yield from graph.initializers.values()
-        for node in graph:
-            if is_op(node, "Constant"):
-                yield node.outputs[0]

@@ -13,8 +13,9 @@ import onnx_ir as ir
 from adapterx.adapter import Adapter
 from adapterx.errors import ModelError, NoAdaptersFound
 from adapterx.formats import load_adapter
-from adapterx.graph.branches import Branch, embedding_joins, find_branches
-from adapterx.graph.claims import Claim, claims_of, lora_marks
+from adapterx.graph.branches import Branch, find_branches
+from adapterx.graph.claims import Claim, claims_of
+from adapterx.graph.leftovers import leftovers
 from adapterx.graph.load import ModelLike, load_model
 from adapterx.graph.match import match_to_adapter, site_of
 from adapterx.graph.paths import Paths
@@ -106,7 +107,7 @@ def find(
         sites += [(b, site_of(b, f"structural.{i}", "", "structure")) for i, b in enumerate(candidates)]
     order = {branch: i for i, branch in enumerate(branches)}
     sites.sort(key=lambda pair: order[pair[0]])
-    finding = Finding(_grouped(sites), tuple(left), _unsupported(model, sites), absent, base_model)
+    finding = Finding(_grouped(sites), tuple(left), leftovers(model, sites, paths), absent, base_model)
     if not finding.found:
         raise NoAdaptersFound(_nothing(model, finding, where))
     return finding
@@ -172,18 +173,6 @@ def _same_weights(one: Branch, other: Branch) -> bool:
         if left.matrix().shape != right.matrix().shape or left.matrix().tobytes() != right.matrix().tobytes():
             return False
     return True
-
-
-def _unsupported(model: ir.Model, sites: Iterable[tuple[Branch, AdapterSite]]) -> tuple[str, ...]:
-    """What the model says of adapters beyond the sites that were found."""
-    taken = {factor.weight.root for branch, _ in sites for factor in (branch.a, branch.b)}
-    for branch, _ in sites:
-        taken |= {value for factor in (branch.a, branch.b) if (value := factor.node.inputs[1]) is not None}
-    biased = [f"{site.name}: lora_bias (a constant is added after B)" for b, site in sites if b.bias is not None]
-    biases = {b.bias for b, _ in sites}
-    marks = {spoken for value, spoken in lora_marks(model).items() if value not in taken and value not in biases}
-    embedded = [f"node {name!r}: an embedding with a low-rank branch" for name in embedding_joins(model)]
-    return (*biased, *sorted(marks), *embedded)
 
 
 def _nothing(model: ir.Model, finding: Finding, where: str) -> str:

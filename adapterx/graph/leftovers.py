@@ -1,0 +1,76 @@
+"""What a model says of adapters beyond the sites that were found: reasons not to take a part for the whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import onnx_ir as ir
+
+from adapterx.graph.branches import Branch, embedding_joins
+from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES, base_layer_depth, listed, path_parts
+from adapterx.graph.paths import Paths
+from adapterx.graph.view import all_nodes, is_op
+from adapterx.site import AdapterSite
+
+_MARK = re.compile(
+    r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)|\.(?:hada_w|lokr_w|ia3_l|vera_lambda|oft_)"
+    r"|\.modules_to_save\."
+)
+_NUMBERED = re.compile(r"_\d+$")
+
+
+def leftovers(model: ir.Model, found: Iterable[tuple[Branch, AdapterSite]], paths: Paths) -> tuple[str, ...]:
+    """One line for each thing that belongs to an adapter and is not one of the ``found`` low-rank linear sites."""
+    pairs = list(found)
+    biased = [f"{site.name}: lora_bias (a constant is added after B)" for b, site in pairs if b.bias is not None]
+    embedded = [f"node {name!r}: an embedding with a low-rank branch" for name in embedding_joins(model)]
+    return (*biased, *_marked(model, pairs), *embedded, *_wrapped_or_tuned(model, pairs, paths))
+
+
+def _marked(model: ir.Model, found: list[tuple[Branch, AdapterSite]]) -> list[str]:
+    """Names of constants in use, or of what they were folded from, that speak of an adapter."""
+    taken = {factor.weight.root for branch, _ in found for factor in (branch.a, branch.b)}
+    taken |= {value for b, _ in found for factor in (b.a, b.b) if (value := factor.node.inputs[1]) is not None}
+    taken |= {branch.bias for branch, _ in found if branch.bias is not None}
+    marks = set()
+    for value in _constants(model):
+        names = [value.name or "", *listed(value.metadata_props.get(FOLDED_FROM))]
+        spoken = next((name for name in names if _MARK.search(name)), None)
+        if spoken is not None and value not in taken and (value.uses() or value.is_graph_output()):
+            marks.add(spoken)
+    return sorted(marks)
+
+
+def _constants(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+        for node in graph:
+            if is_op(node, "Constant"):
+                yield node.outputs[0]
+
+
+def _wrapped_or_tuned(model: ir.Model, found: list[tuple[Branch, AdapterSite]], paths: Paths) -> list[str]:
+    """Modules that PEFT wrapped or trained in full, by node paths and scopes, beside which no branch was found."""
+    nodes = {node for b, _ in found for node in (b.a.node, b.b.node, b.base_op, b.join) if node is not None}
+    adapters = {site.adapter for _, site in found if site.adapter}
+    known = {module for node in nodes for module, _ in _modules(node, adapters)}
+    lines: dict[str, str] = {}
+    for node in all_nodes(model):
+        for module, what in _modules(node, adapters):
+            if module not in known:
+                lines.setdefault(module, f"{paths.canonical(module)}: {what}")
+    return list(lines.values())
+
+
+def _modules(node: ir.Node, adapters: set[str]) -> Iterator[tuple[str, str]]:
+    """Modules that a node's path or scopes show to be PEFT's, with the words for it."""
+    parts = path_parts(node.name or "")
+    if depth := base_layer_depth(parts):
+        yield "/".join(parts[:depth]), "wrapped by PEFT, but not by a low-rank branch that can be taken"
+    inner = next((i for i, part in enumerate(parts[:-1]) if i and _NUMBERED.sub("", part) in adapters), 0)
+    if inner:
+        yield "/".join(parts[:inner]), "trained in full (modules_to_save), or adapted in a way that is not known here"
+    for scope in listed(node.metadata_props.get(NAME_SCOPES)):
+        if scope.endswith(".base_layer"):
+            yield scope.removesuffix(".base_layer"), "wrapped by PEFT, but not by a low-rank branch that can be taken"

@@ -1,0 +1,77 @@
+"""A model of which only a part could be extracted is refused, and the message names what would have stayed."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx.parser
+import pytest
+from onnx import numpy_helper
+
+from adapterx.errors import ModelError
+from adapterx.graph.extract import extract_adapters
+
+LORA = """
+    b = MatMul(x, W)
+    l = MatMul(x, A)
+    z = MatMul(l, B)
+    h = Add(b, z)
+"""
+LORA_PATHS = {"b": "/m/fc/base_layer/MatMul", "l": "/m/fc/style/MatMul", "z": "/m/fc/style_1/MatMul", "h": "/m/fc/Add"}
+SHAPES = {"W": (6, 6), "A": (6, 2), "B": (2, 6), "V": (6, 6), "scale": (6,), "table": (9, 6), "E": (9, 2), "F": (2, 6)}
+
+
+def model(body, paths, inputs="float[N, 6] x"):
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 18]>\ng ({inputs}) => (float[N, 6] y) {{{LORA}{body}}}'
+    )
+    rng = np.random.default_rng(0)
+    used = {name for node in proto.graph.node for name in node.input}
+    for name, shape in SHAPES.items():
+        if name in used:
+            proto.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype("f"), name))
+    for node in proto.graph.node:
+        node.name = (LORA_PATHS | paths).get(node.output[0], f"/m/{node.output[0]}/{node.op_type}")
+    return proto
+
+
+def assert_refused(proto, tmp_path, message):
+    with pytest.raises(ModelError, match=message):
+        extract_adapters(proto, tmp_path / "out", make_inputs=True)
+    assert not (tmp_path / "out").exists()
+    assert extract_adapters(proto, tmp_path / "out", make_inputs=True, partial=True).sites.names == ["fc"]
+
+
+def test_a_model_that_is_lora_throughout_is_taken(tmp_path):
+    proto = model("y = MatMul(h, V)", {"y": "/m/head/MatMul"})
+    assert extract_adapters(proto, tmp_path, make_inputs=True).sites.names == ["fc"]
+
+
+def test_a_head_that_was_trained_in_full_would_stay(tmp_path):
+    assert_refused(model("y = MatMul(h, V)", {"y": "/m/head/style/MatMul"}), tmp_path, "head: trained in full")
+
+
+def test_a_module_that_peft_wrapped_otherwise_would_stay(tmp_path):
+    proto = model("v = MatMul(h, V)\n y = Mul(v, scale)", {"v": "/m/up/base_layer/MatMul", "y": "/m/up/Mul"})
+    assert_refused(proto, tmp_path, "up: wrapped by PEFT")
+
+
+def test_an_embeddings_branch_would_stay(tmp_path):
+    body = """
+        e = Gather(table, ids)
+        f = Gather(E, ids)
+        g = MatMul(f, F)
+        s = Add(e, g)
+        y = Add(h, s)
+    """
+    paths = {"e": "/m/embed/Gather", "f": "/m/embed/Gather_1", "g": "/m/embed/MatMul", "s": "/m/embed/Add"}
+    assert_refused(model(body, paths, "float[N, 6] x, int64[N] ids"), tmp_path, "an embedding with a low-rank branch")
+
+
+def test_a_constant_that_speaks_of_an_adapter_would_stay(tmp_path):
+    proto = model("y = Mul(h, scale)", {})
+    name = "base_model.model.fc.lora_magnitude_vector.style"
+    for tensor in proto.graph.initializer:
+        tensor.name = name if tensor.name == "scale" else tensor.name
+    for node in proto.graph.node:
+        node.input[:] = [name if one == "scale" else one for one in node.input]
+    assert_refused(proto, tmp_path, "lora_magnitude_vector")
