@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from adapterx.adapter import Array
@@ -23,6 +24,7 @@ __all__ = ["Host", "Provider", "device_of", "ort", "ort_values", "quiet_options"
 Provider: TypeAlias = str | tuple[str, Mapping[str, Any]]
 
 _BFLOAT16: Final = 16
+_BF16: Final = np.dtype(ml_dtypes.bfloat16)
 _DEVICES: Final = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
 _ERROR: Final = 3
 
@@ -101,7 +103,7 @@ def ort_values(arrays: Mapping[str, Array], *, device: tuple[str, int] = ("cpu",
 
 
 def _ort_value(array: Array, device: tuple[str, int]) -> ort.OrtValue:
-    if array.dtype.name == "bfloat16":
+    if array.dtype == _BF16:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
     if device[0] == "cpu" or not array.size:
         return ort.OrtValue.ortvalue_from_numpy(array)
