@@ -140,9 +140,9 @@ def _by_node_path(branch: Branch) -> Claim | None:
     base = [] if branch.base_op is None else _parts(branch.base_op)
     if depth := base_layer_depth(base):
         # PEFT alone puts what it wraps under this name; some of its layers compute both factors themselves.
-        adapter = _adapter_of(a[depth:], b[depth:]) or ""
-        inside = a[:depth] == b[:depth] == base[:depth] and len(a) > depth and len(b) > depth
-        return Claim("node_path", "/".join(a[:depth]), adapter, branch.a.node) if inside else None
+        if not (a[:depth] == b[:depth] == base[:depth] and len(a) > depth and len(b) > depth):
+            return None
+        return Claim("node_path", "/".join(a[:depth]), _adapter_of(a[depth:], b[depth:]) or "", branch.a.node)
     depth = next((i for i, (p, q) in enumerate(zip(a, b, strict=False)) if p != q), 0)
     spoken = _adapter_of(a[depth:], b[depth:]) if depth else None
     if spoken is None:
