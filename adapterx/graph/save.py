@@ -91,8 +91,10 @@ def _place(source: Path, target: Path) -> None:
     """
     source = source.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and target.samefile(source):
+    if target.resolve() == source:
         raise ModelError(f"{target} is the source's own data file; extract into another folder")
+    if target.exists() and target.samefile(source):
+        return  # linked by an earlier extraction into this folder
     if source.stat().st_size >= LINK_FROM_BYTES and _linked(source, target):
         return
     copy_file(source, target, description=f"copying {target.name}")
