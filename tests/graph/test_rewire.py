@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 from adapterx.errors import ModelError
 from adapterx.graph.extract import extract_adapters
-from tests.graph.test_joins import D, FUSED_NORM, OUT, WEIGHTS, assert_swaps, model, run
+from tests.graph.test_joins import FUSED_NORM, OUT, WEIGHTS, D, assert_swaps, model, run
 
 LOW = "l = MatMul(x, A)\n z = MatMul(l, B)\n d = Mul(z, s)\n"
 BRANCH = f"b = MatMul(x, W)\n {LOW}"
