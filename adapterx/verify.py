@@ -222,5 +222,5 @@ def _error(got: list[Array], want: list[Array]) -> float:
             return float("inf")
         finite = np.isfinite(left)
         size = max(1.0, float(np.abs(right[finite]).max(initial=0.0)))
-        worst = max(worst, float(np.abs(left - right)[finite].max(initial=0.0)) / size)
+        worst = max(worst, float(np.abs(left[finite] - right[finite]).max(initial=0.0)) / size)
     return worst
