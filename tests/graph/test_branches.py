@@ -39,6 +39,7 @@ def test_the_scale_is_the_product_of_all_factors_from_a_to_the_join(body, scale)
     "body",
     [
         f"{LOW} u = Neg(z)\n t = Add(b, z)\n y = Mul(t, u)",
+        f"{LOW} t = Add(b, z)\n u = Neg(z)\n y = Mul(t, u)",
         f"{LOW} t = CastLike(b, z)\n y = Add(b, t)",
         f"{LOW} t = Neg(z)\n y = Add(b, t)",
         "b = Gemm(x, W)\n l = Gemm(x, A)\n y = Gemm<beta=0.5>(l, B, b)",
@@ -46,7 +47,7 @@ def test_the_scale_is_the_product_of_all_factors_from_a_to_the_join(body, scale)
         "b = MatMul(x, W)\n l = Gemm(x, A, low_bias)\n z = Gemm(l, B)\n y = Add(b, z)",
         "b = MatMul(x, W)\n l = MatMul(x, A)\n r = Relu(l)\n z = MatMul(r, B)\n y = Add(b, z)",
     ],
-    ids=["used twice", "only its dtype", "through another operator", "a scaled base", "a norm's gamma", "a biased a",
+    ids=["used before", "used again", "only its dtype", "through another operator", "a scaled base", "a norm's gamma", "a biased a",
          "not linear"],
 )  # fmt: skip
 def test_what_cannot_be_swapped_as_one_low_rank_sum_is_no_branch(body, monkeypatch):

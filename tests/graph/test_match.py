@@ -97,6 +97,15 @@ def test_one_site_of_a_shape_and_two_branches_are_not_guessed():
     assert "Several of one shape" in str(error.value)
 
 
+def test_sites_that_could_be_mixed_up_are_refused_although_others_are_certain():
+    layers = (*SQUARE, Layer("model.layers.2.up", 6, 8, 2, 1.5))
+    proto, sites = anonymous(text_model(layers))
+    for name in ("model.layers.0.q", "model.layers.1.q"):
+        sites[name] = noisy(sites[name], 0.5)
+    with pytest.raises(MismatchError, match=r"^2 sites of the given adapter"):
+        find_sites(proto, adapter=Adapter(sites))
+
+
 def test_two_sites_of_a_shape_and_one_branch_are_not_guessed():
     proto, sites = anonymous(text_model(SQUARE[:1]))
     other = noisy(sites["model.layers.0.q"], 0.5)

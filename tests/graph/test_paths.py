@@ -110,6 +110,15 @@ def test_the_deepest_known_module_is_found_from_the_fewest_parts_left_out():
     assert Paths.of(model(names)).canonical("w/a/a/b/q") == "a.a.b.q"
 
 
+def test_a_module_tree_that_repeats_itself_begins_as_early_as_it_can():
+    assert Paths.of(model(("m.base_model.model.a.b.c.weight",))).canonical("w/a/b/a/b/q") == "a.b.a.b.q"
+
+
+def test_the_longest_part_of_a_path_that_weights_know_tells_what_was_left_out_before_it():
+    names = (*T5_WEIGHTS, "vision.block.0.norm.weight")
+    assert Paths.of(model(names)).canonical("block.0/layer.0/q") == "encoder.block.0.layer.0.q"
+
+
 def test_one_part_in_common_is_met_by_chance():
     names = ("m.base_model.model.model.norm.weight", "m.base_model.model.model.embed.weight")
     assert Paths.of(model(names)).canonical("wrapper/model/fc") == "wrapper.model.fc"
