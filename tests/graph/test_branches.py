@@ -47,8 +47,8 @@ def test_the_scale_is_the_product_of_all_factors_from_a_to_the_join(body, scale)
         "b = MatMul(x, W)\n l = Gemm(x, A, low_bias)\n z = Gemm(l, B)\n y = Add(b, z)",
         "b = MatMul(x, W)\n l = MatMul(x, A)\n r = Relu(l)\n z = MatMul(r, B)\n y = Add(b, z)",
     ],
-    ids=["used before", "used again", "only its dtype", "through another operator", "a scaled base", "a norm's gamma", "a biased a",
-         "not linear"],
+    ids=["used before", "used again", "only its dtype", "through another operator", "a scaled base", "a norm's gamma",
+         "a biased a", "not linear"],
 )  # fmt: skip
 def test_what_cannot_be_swapped_as_one_low_rank_sum_is_no_branch(body, monkeypatch):
     monkeypatch.setitem(WEIGHTS, "low_bias", WEIGHTS["gamma"][:2])

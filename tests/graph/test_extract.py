@@ -282,6 +282,76 @@ def test_a_models_own_input_by_the_name_of_a_port_is_refused(model, tmp_path):
         extract_adapters(proto, tmp_path / "out", make_inputs=True)
 
 
+def test_rows_of_a_mask_reach_the_rows_of_x_at_every_site_however_deep(model, tmp_path):
+    out = extract_adapters(model.proto, tmp_path, make_inputs=True)
+    adapter = other(model, rank=2)
+    feeds = {
+        f"{n}.{side}.weight": pair[i] for n, pair in adapter.items() for i, side in enumerate(("lora_A", "lora_B"))
+    }
+    got = run(out.model_path, {"x": X, "adapter_mask": np.array([[1, 1], [0, 0]], np.float32), **feeds})
+    np.testing.assert_allclose(got[0], model.expected(X, adapter)[0], rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(got[1], model.expected(X, None)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_older_than_functions_becomes_one_that_has_them(model, tmp_path):
+    model.proto.ir_version = 7
+    assert onnx.load(extract_adapters(model.proto, tmp_path, make_inputs=True).model_path).ir_version == 8
+
+
+def test_only_a_model_with_inputs_has_a_mask(model, tmp_path):
+    masks = []
+    for options in ({}, {"make_inputs": True}):
+        out = extract_adapters(model.proto, tmp_path / f"{len(options)}", **options)
+        masks.append(Manifest.loads(ir.load(out.model_path).metadata_props[KEY], where="m").mask)
+    assert masks == [None, "adapter_mask"]
+
+
+def fingerprint(model, folder, *, change=None):
+    proto = onnx.ModelProto.FromString(model.proto.SerializeToString())
+    for tensor in proto.graph.initializer:
+        if tensor.name == "w1" and change is not None:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(tensor)), "w1"))
+    out = extract_adapters(proto, folder, make_inputs=True)
+    manifest = Manifest.loads(ir.load(out.model_path).metadata_props[KEY], where="m")
+    assert out.adapter.metadata["base_fingerprint"] == manifest.fingerprint
+    return manifest.fingerprint
+
+
+def flipped(at):
+    def change(array):
+        array = array.copy()
+        array[at] *= -1
+        return array
+
+    return change
+
+
+def test_a_base_is_known_by_the_signs_on_its_diagonal_first_to_last(model, tmp_path):
+    want = fingerprint(model, tmp_path / "0")
+    for i, same in enumerate((lambda array: 3 * array, flipped((0, 1)))):
+        assert fingerprint(model, tmp_path / f"same{i}", change=same) == want
+    for at in ((0, 0), (7, 7)):
+        assert fingerprint(model, tmp_path / f"other{at[0]}", change=flipped(at)) != want
+
+
+def test_the_order_of_the_sites_is_not_part_of_the_fingerprint(tmp_path):
+    # Layers of one shape, whose seeds give them equal weights in any order.
+    one, two = Layer("a.q", 1, 1, 1, 2.0), Layer("b.q", 1, 1, 1, 2.0)
+    prints = [fingerprint(text_model(order, seed=0), tmp_path / order[0].name) for order in ((one, two), (two, one))]
+    signs = [np.sign(text_model((one, two)).weights[name][0]) for name in ("a.q", "b.q")]
+    assert signs[0] == signs[1], "choose a seed under which the two bases look alike"
+    assert prints[0] == prints[1]
+
+
+def test_a_model_without_external_data_is_not_written_over_itself(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    onnx.save(model.proto, path)
+    before = path.read_bytes()
+    with pytest.raises(ModelError, match="is the model itself"):
+        extract_adapters(path, tmp_path, make_inputs=True)
+    assert path.read_bytes() == before
+
+
 def test_the_manifest_is_json_that_needs_no_weights(model, tmp_path):
     out = extract_adapters(model.proto, tmp_path, make_inputs=True)
     raw = json.loads(onnx.load(out.model_path, load_external_data=False).metadata_props[0].value)
