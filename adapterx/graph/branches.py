@@ -74,6 +74,12 @@ class Branch:
         return value
 
     @property
+    def place(self) -> str:
+        """The join in words, for messages."""
+        name = self.join.name
+        return f"node {name!r}" if name else f"the node that makes {self.join.outputs[0].name!r}"
+
+    @property
     def rank(self) -> int:
         """``r`` in this graph."""
         return self.a.d_out
@@ -122,7 +128,7 @@ def embedding_joins(model: ir.Model) -> list[str]:
             continue
         base = _base_operation(join, source(table.inputs[1]), {table})
         if is_op(base, "Gather"):
-            names.append(join.node.name or "")
+            names.append(join.node.name or join.node.outputs[0].name or "")
     return names
 
 

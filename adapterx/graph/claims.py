@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from adapterx.graph.branches import Branch
-from adapterx.graph.view import Linear
+from adapterx.graph.view import MICROSOFT, SAME_ROWS, SAME_VALUE, STANDARD, Linear, constant, is_op, linear
 from adapterx.site import NameSource
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
@@ -31,6 +31,8 @@ _DIFFUSERS = re.compile(r"^(?P<module>.+?)\.lora(?:_linear_layer|_layer)?\.(?P<s
 _SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _NUMBERED = re.compile(r"^(?P<stem>.+?)(?:_(?P<number>\d+))?$")
 _BASE_LAYER = re.compile(r"base_layer(?:_\d+)?")  # numbered when a module is called again
+# Only under PEFT's root: a model may have a child called base_layer of its own.
+_BASE_TENSOR = re.compile(r"^(?P<module>.*base_model\.model\..+)\.base_layer\.(?:weight|bias)$")
 _OPERATORS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Transpose", "MatMulScaleFusion"})
 
 
@@ -59,9 +61,9 @@ def claims_of(branch: Branch) -> Iterator[Claim]:
             claim = read(factor, side)
             if claim is not None:
                 yield claim
-    claim = _by_node_path(branch)
-    if claim is not None:
-        yield claim
+    for claim in (_by_base(branch), _by_node_path(branch)):
+        if claim is not None:
+            yield claim
 
 
 def parse_tensor_name(name: str) -> tuple[str, str, str] | None:
@@ -130,6 +132,36 @@ def _by_name_scopes(factor: Linear, side: Side) -> Claim | None:
     return None
 
 
+def _by_base(branch: Branch) -> Claim | None:
+    """PEFT's word for what it wraps, in the names of the base's weight and bias, which tools leave alone longest."""
+    base = None if branch.base_op is None else linear(branch.base_op)
+    for value in (*(() if base is None else chain(base)), *_addends(branch)):
+        found = _BASE_TENSOR.match(value.name or "")
+        if found is not None:
+            return Claim("initializer", found["module"], "", value)
+    return None
+
+
+def _addends(branch: Branch) -> Iterator[ir.Value]:
+    """Constants that are added to what the base operation makes, on the way to the join."""
+    if branch.base_op is None:
+        return
+    if is_op(branch.base_op, "Gemm", "FusedGemm", domain=(*STANDARD, MICROSOFT)):
+        yield from (value for value in branch.base_op.inputs[2:3] if value is not None)
+    node = None if branch.base_op is branch.join else branch.base.producer()
+    while node is not None and node is not branch.base_op:
+        operands = [value for value in node.inputs if value is not None]
+        if is_op(node, "Add"):
+            fixed = [value for value in operands if constant(value) is not None]
+            if len(fixed) != 1:
+                return
+            yield fixed[0]
+            operands.remove(fixed[0])
+        elif not is_op(node, *SAME_VALUE, *SAME_ROWS):
+            return
+        node = operands[0].producer()
+
+
 def _by_node_path(branch: Branch) -> Claim | None:
     """TorchScript paths: A under ``<module>/<adapter>``, B under ``<module>/<adapter>_1``, base under ``base_layer``.
 
@@ -142,7 +174,10 @@ def _by_node_path(branch: Branch) -> Claim | None:
         # PEFT alone puts what it wraps under this name; some of its layers compute both factors themselves.
         if not (a[:depth] == b[:depth] == base[:depth] and len(a) > depth and len(b) > depth):
             return None
-        return Claim("node_path", "/".join(a[:depth]), _adapter_of(a[depth:], b[depth:]) or "", branch.a.node)
+        adapter = _adapter_of(a[depth:], b[depth:])
+        if adapter is None and not len(a) == len(b) == depth + 1:
+            return None
+        return Claim("node_path", "/".join(a[:depth]), adapter or "", branch.a.node)
     depth = next((i for i, (p, q) in enumerate(zip(a, b, strict=False)) if p != q), 0)
     spoken = _adapter_of(a[depth:], b[depth:]) if depth else None
     if spoken is None:

@@ -32,6 +32,7 @@ AdapterFormat = Literal["safetensors", "onnx_adapter", "npz"]
 
 _FUNCTION_IR_VERSION = 8
 _SAMPLES = 8
+_WIDEST = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,6 +157,10 @@ def low_rank_of(branch: Branch) -> LowRank:
         ModelError: the scaled ``b`` does not fit the dtype.
     """
     dtype = branch.a.weight.dtype.numpy()
+    if dtype.itemsize > _WIDEST:
+        raise ModelError(
+            f"{branch.place}: adapter weights are {dtype.name}; adapters are float32 at most, export in float32"
+        )
     b = branch.b.matrix().astype(np.float32) * np.float32(branch.scale)
     with np.errstate(over="ignore"):
         folded = b.astype(dtype)

@@ -74,7 +74,14 @@ def _refuse_unsafe(proto: onnx.ModelProto, path: Path) -> None:
 def _deserialized(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.Model:
     if not proto.HasField("graph"):
         raise ModelError(f"{where} cannot be read as an ONNX model (it has no graph)")
-    _check(proto, where)
+    try:
+        _check(proto, where)
+    except ModelError:
+        reordered = _input_casts_first(proto)
+        if reordered is None:
+            raise
+        _check(reordered, where)
+        proto = reordered
     try:
         model = ir.from_proto(proto)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -83,6 +90,23 @@ def _deserialized(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir
         ir.external_data.set_base_dir(model.graph, folder)
         _through_links(model, folder)
     return model
+
+
+def _input_casts_first(proto: onnx.ModelProto) -> onnx.ModelProto | None:
+    """A copy with the casts of inputs in front, or ``None`` where they are already.
+
+    ONNX Runtime's float16 converter writes them last, which ONNX forbids and ONNX Runtime runs.
+    """
+    inputs = {value.name for value in proto.graph.input}
+    late = {i for i, node in enumerate(proto.graph.node) if node.op_type == "Cast" and node.input[0] in inputs}
+    if late == set(range(len(late))):
+        return None
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    del copy.graph.node[:]
+    copy.graph.node.extend(proto.graph.node[i] for i in sorted(late))
+    copy.graph.node.extend(node for i, node in enumerate(proto.graph.node) if i not in late)
+    return copy
 
 
 def _through_links(model: ir.Model, folder: Path) -> None:

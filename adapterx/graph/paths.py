@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -20,6 +21,7 @@ _CHECKPOINT_ROOTS = frozenset(
 _GENAI = "onnxruntime-genai"
 # One part in common ("model") is met by chance; two are a place in a module tree.
 _SURE = 2
+_NUMBERED_CHILD = re.compile(r"(\.\d+)+")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,8 +48,9 @@ class Paths:
         wrapper = _common_wrapper(plain, _CHECKPOINT_ROOTS | {"model"})
         bare = cls(wrapper, (), frozenset(), genai=_from_genai(model))
         modules = frozenset(module for name in dotted for module in _ancestors(bare.canonical(name)))
-        nodes = [parts[:-1] for node in all_nodes(model) if len(parts := path_parts(node.name or "")) > 1]
         named = dataclasses.replace(bare, modules=modules)
+        paths = (path_parts(node.name or "") for node in all_nodes(model))
+        nodes = [named._unrepeated(parts[:-1]) for parts in paths if len(parts) > 1]
         return dataclasses.replace(named, node_wrapper=named._node_wrapper(nodes))
 
     def _node_wrapper(self, nodes: list[list[str]]) -> tuple[str, ...]:
@@ -71,8 +74,23 @@ class Paths:
             ...     "m/model/model/layers.0/self_attn/q_proj")
             'model.layers.0.self_attn.q_proj'
         """
-        path = self._from_node(module.split("/")) if "/" in module else self._from_dotted(module)
+        dotted = "/" not in module or _PEFT_ROOT in module
+        path = self._from_dotted(module) if dotted else self._from_node(self._unrepeated(module.split("/")))
         return path.replace(".attn.", ".self_attn.") if self.genai else path
+
+    def _unrepeated(self, parts: list[str]) -> list[str]:
+        """Without the parts that the next one repeats: an ``nn.Sequential`` and its child are ``net/net.0``.
+
+        A module that holds a list of its own name looks the same and keeps both, where weights say that it is so.
+        """
+        following = [*parts[1:], ""]
+        return [part for part, after in zip(parts, following, strict=True) if not self._repeats(part, after)]
+
+    def _repeats(self, part: str, after: str) -> bool:
+        if not (after.startswith(part) and _NUMBERED_CHILD.fullmatch(after.removeprefix(part))):
+            return False
+        doubled = f"{part}.{part}"
+        return not any(module == doubled or module.endswith(f".{doubled}") for module in self.modules)
 
     def _from_dotted(self, module: str) -> str:
         _, root, rest = module.partition(_PEFT_ROOT)
@@ -83,9 +101,11 @@ class Paths:
         return ".".join(parts[depth:] if tuple(parts[:depth]) == self.wrapper and len(parts) > depth else parts)
 
     def _from_node(self, parts: list[str]) -> str:
-        depth = len(self.node_wrapper)
-        if depth and tuple(parts[:depth]) == self.node_wrapper and len(parts) > depth:
-            return ".".join(parts[depth:])
+        depth = min(len(self.node_wrapper), len(parts) - 1)
+        if depth and tuple(parts[:depth]) == self.node_wrapper[:depth]:
+            rest = parts[depth:]
+            head = "" if self._depth(rest) else self._head(rest)
+            return ".".join([head, *rest] if head else rest)
         skip = self._skip(parts)
         if self._depth(parts[skip:]) >= _SURE:
             return ".".join(parts[skip:])

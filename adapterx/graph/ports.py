@@ -167,7 +167,7 @@ class Masks:
 
     def form(self, rank: int, dtype: ir.DataType) -> ir.Value:
         """The mask for ``x`` of ``rank`` dimensions in ``dtype``."""
-        key = (max(rank, 2), dtype)
+        key = (rank, dtype)
         if key not in self._forms:
             self._forms[key] = self._made(*key)
         return self._forms[key]
@@ -176,7 +176,11 @@ class Masks:
         value, nodes = self._input, []
         name = f"{MASK}.{rank}d"
         if rank > 2:
-            nodes.append(self._unsqueeze(value, list(range(1, rank - 1)), name))
+            nodes.append(self._reshaped("Unsqueeze", value, list(range(1, rank - 1)), name))
+            value = nodes[-1].outputs[0]
+        elif rank == 1:
+            # One row without a batch axis.
+            nodes.append(self._reshaped("Squeeze", value, [0], name))
             value = nodes[-1].outputs[0]
         if dtype != ir.DataType.FLOAT:
             name = f"{name}.{dtype.name.lower()}"
@@ -187,13 +191,13 @@ class Masks:
         _prepend(self._model, nodes)
         return value
 
-    def _unsqueeze(self, value: ir.Value, axes: list[int], name: str) -> ir.Node:
+    def _reshaped(self, op_type: str, value: ir.Value, axes: list[int], name: str) -> ir.Node:
         if self._model.opset_imports.get("", 1) < 13:
-            return ir.node("Unsqueeze", [value], attributes={"axes": axes}, name=name)
+            return ir.node(op_type, [value], attributes={"axes": axes}, name=name)
         where = self._model.graph.initializers.get(f"{name}.axes")
         if where is None:
             where = _registered(self._model, ir.tensor(np.array(axes, np.int64), name=f"{name}.axes"))
-        return ir.node("Unsqueeze", [value, where], name=name)
+        return ir.node(op_type, [value, where], name=name)
 
 
 def _registered(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TypeAlias
 
 import onnx_ir as ir
@@ -17,12 +17,15 @@ from adapterx.graph.branches import Branch, find_branches
 from adapterx.graph.claims import Claim, claims_of
 from adapterx.graph.leftovers import leftovers
 from adapterx.graph.load import ModelLike, load_model
-from adapterx.graph.match import match_to_adapter, site_of
+from adapterx.graph.match import Pair, match_to_adapter, site_of
 from adapterx.graph.paths import Paths
+from adapterx.graph.view import MICROSOFT, STANDARD, all_nodes, is_op
 from adapterx.manifest import manifest_of
 from adapterx.site import AdapterSite, SiteTable
 
-AdapterLike: TypeAlias = str | Path | Adapter
+AdapterLike: TypeAlias = str | os.PathLike[str] | Adapter
+
+_QUANTIZED = ("MatMulNBits", "MatMulInteger", "DequantizeLinear", "MatMulBnb4")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -96,8 +99,8 @@ def find(
     left = [branch for branch, site in identified if site is None]
     absent: tuple[str, ...] = ()
     base_model = ""
-    if adapter is not None:
-        exported = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+    exported = load_adapter(adapter) if isinstance(adapter, str | os.PathLike) else adapter
+    if exported is not None:
         match = match_to_adapter(sites, left, exported)
         sites, left, absent = match.sites, match.left, match.absent
         base_model = exported.metadata.get("base_model", "")
@@ -106,11 +109,33 @@ def find(
         left = [branch for branch in left if branch not in candidates]
         sites += [(b, site_of(b, f"structural.{i}", "", "structure")) for i, b in enumerate(candidates)]
     order = {branch: i for i, branch in enumerate(branches)}
+    sites = _one_name(sites)
     sites.sort(key=lambda pair: order[pair[0]])
-    finding = Finding(_grouped(sites), tuple(left), leftovers(model, sites, paths), absent, base_model)
+    unsupported = (*leftovers(model, sites, paths), *(() if exported else _unnamed(sites, left)))
+    finding = Finding(_grouped(sites), tuple(left), unsupported, absent, base_model)
     if not finding.found:
         raise NoAdaptersFound(_nothing(model, finding, where))
     return finding
+
+
+def _one_name(sites: list[Pair]) -> list[Pair]:
+    """Sites that do not know their adapter's name have that of the others, where all the others agree."""
+    names = {site.adapter for _, site in sites if site.adapter}
+    if len(names) != 1:
+        return sites
+    name = names.pop()
+    return [(branch, dataclasses.replace(site, adapter=name)) for branch, site in sites]
+
+
+def _unnamed(sites: list[Pair], left: list[Branch]) -> list[str]:
+    """Branches without a name that are like those that have one: a tool deleted the rest of the metadata."""
+    ranks = {site.rank for _, site in sites}
+    return [
+        f"{branch.place}: {branch.a.d_in} -> {branch.rank} -> {branch.b.d_out}, like the sites that are named, but "
+        "nothing names it; give the exported adapter (adapter=...)"
+        for branch in left
+        if sites and _looks_like_adapter(branch) and (branch.rank in ranks or branch.scale != 1.0)
+    ]
 
 
 def _identify(branch: Branch, paths: Paths, carriers: Counter[int]) -> AdapterSite | None:
@@ -126,7 +151,7 @@ def _identify(branch: Branch, paths: Paths, carriers: Counter[int]) -> AdapterSi
         other = paths.canonical(claim.module)
         if not _agree(name, other) and carriers[id(claim.carrier)] == 1:
             raise ModelError(
-                f"the branch at node {branch.join.name!r} is {name!r} by its {_words(believed)} but {other!r} by its "
+                f"the branch at {branch.place} is {name!r} by its {_words(believed)} but {other!r} by its "
                 f"{_words(claim)}; a tool renamed one and not the other. Export again, or give the exported adapter"
             )
     adapter = next((claim.adapter for claim in own if claim.adapter), "")
@@ -188,10 +213,12 @@ def _nothing(model: ir.Model, finding: Finding, where: str) -> str:
     if likely:
         first = likely[0]
         text += (
-            f". {len(likely)} low-rank branches have the structure of an adapter (the first at node "
-            f"{first.join.name!r}, {first.a.d_in} -> {first.rank} -> {first.b.d_out}) but nothing names them: give the "
+            f". {len(likely)} low-rank branches have the structure of an adapter (the first at {first.place}, "
+            f"{first.a.d_in} -> {first.rank} -> {first.b.d_out}) but nothing names them: give the "
             "exported adapter (adapter=...), or take them by structure (structural=True)"
         )
+    elif any(is_op(node, *_QUANTIZED, domain=(*STANDARD, MICROSOFT)) for node in all_nodes(model)):
+        text += ". The model is quantized: adapters that were quantized with it are not looked for"
     elif not finding.unsupported:
         text += ". A model whose adapter was merged before the export has none left to find"
     return text
@@ -199,7 +226,7 @@ def _nothing(model: ir.Model, finding: Finding, where: str) -> str:
 
 def label(model: ModelLike) -> str:
     """How messages call the model."""
-    return str(model) if isinstance(model, str | Path) else "the model"
+    return str(model) if isinstance(model, str | os.PathLike) else "the model"
 
 
 def refuse_partial(finding: Finding, where: str) -> None:

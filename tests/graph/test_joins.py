@@ -132,6 +132,22 @@ def test_rows_that_stay_flattened_up_to_the_join_can_be_swapped(tmp_path):
     assert_swaps(model(body, x="2, 3, 6", y="2, 3, 4"), tmp_path, (2, 3, D), lambda v: v)
 
 
+def test_a_row_without_a_batch_axis_keeps_its_shape(tmp_path):
+    proto = model(BRANCH + "y = Add(b, d)", x="6", y="4")
+    assert_swaps(proto, tmp_path, (D,), lambda v: v)
+
+
+def test_an_adapter_in_double_precision_is_refused_before_anything_is_written(tmp_path):
+    proto = model(BRANCH + "y = Add(b, d)")
+    for tensor in proto.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    with pytest.raises(ModelError, match="export in float32"):
+        extract_adapters(proto, tmp_path / "out", make_inputs=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_branch_of_lora_bias_is_refused_by_name(tmp_path):
     proto = model(
         "b = MatMul(x, W)\n l = MatMul(x, A)\n z = MatMul(l, B)\n q = Add(z, bias)\n d = Mul(q, s)\n y = Add(b, d)"

@@ -18,6 +18,7 @@ LORA = """
 """
 LORA_PATHS = {"b": "/m/fc/base_layer/MatMul", "l": "/m/fc/style/MatMul", "z": "/m/fc/style_1/MatMul", "h": "/m/fc/Add"}
 SHAPES = {"W": (6, 6), "A": (6, 2), "B": (2, 6), "V": (6, 6), "scale": (6,), "table": (9, 6), "E": (9, 2), "F": (2, 6)}
+SHAPES |= {"W2": (6, 6), "A2": (6, 2), "B2": (2, 6)}
 
 
 def model(body, paths, inputs="float[N, 6] x"):
@@ -65,6 +66,30 @@ def test_an_embeddings_branch_would_stay(tmp_path):
     """
     paths = {"e": "/m/embed/Gather", "f": "/m/embed/Gather_1", "g": "/m/embed/MatMul", "s": "/m/embed/Add"}
     assert_refused(model(body, paths, "float[N, 6] x, int64[N] ids"), tmp_path, "an embedding with a low-rank branch")
+
+
+SECOND = """
+    b2 = MatMul(h, W2)
+    l2 = MatMul(h, A2)
+    z2 = MatMul(l2, B2)
+    y = Add(b2, z2)
+"""
+
+
+def test_a_branch_like_the_others_that_lost_its_name_would_stay(tmp_path):
+    proto = model(SECOND, {"b2": "n1", "l2": "n2", "z2": "n3", "y": "n4"})
+    assert_refused(proto, tmp_path, r"node 'n4': 6 -> 2 -> 6, like the sites that are named")
+
+
+def test_a_base_weight_that_kept_its_name_names_the_branch(tmp_path):
+    proto = model(SECOND, {"b2": "n1", "l2": "n2", "z2": "n3", "y": "n4"})
+    name = "m.base_model.model.up.base_layer.weight"
+    for tensor in proto.graph.initializer:
+        tensor.name = name if tensor.name == "W2" else tensor.name
+    for node in proto.graph.node:
+        node.input[:] = [name if one == "W2" else one for one in node.input]
+    out = extract_adapters(proto, tmp_path, make_inputs=True)
+    assert [(site.name, site.adapter) for site in out.sites] == [("fc", "style"), ("up", "style")]
 
 
 def test_a_constant_that_speaks_of_an_adapter_would_stay(tmp_path):

@@ -145,6 +145,14 @@ def test_74_an_unsorted_graph_is_refused(proto, tmp_path):
     assert_refused(proto, tmp_path, "not a valid ONNX model")
 
 
+def test_casts_of_inputs_that_a_converter_wrote_last_are_no_reason_to_refuse(proto, tmp_path):
+    cast = helper.make_node("Cast", ["x"], ["x_cast"], "graph_input_cast_0", to=TensorProto.FLOAT)
+    for node in proto.graph.node:
+        node.input[:] = ["x_cast" if name == "x" else name for name in node.input]
+    proto.graph.node.append(cast)
+    assert extract_adapters(proto, tmp_path / "out", make_inputs=True).sites.names == ["fc"]
+
+
 def test_74_a_cyclic_graph_is_refused(proto, tmp_path):
     proto.graph.node[0].input[0] = proto.graph.node[-1].output[0]
     assert_refused(proto, tmp_path, "not a valid ONNX model")
