@@ -80,7 +80,7 @@ def test_a_dotted_name_loses_what_wrapped_the_checkpoint(weights, spelled, canon
         (PEFT_WEIGHTS, (), "model/layers.0/self_attn/q_proj", Q),
         # A module without weights of its own is placed by its neighbours' nodes.
         (PEFT_WEIGHTS, LLAMA_NODES, "m/model/lm_head", "lm_head"),
-        (PEFT_WEIGHTS, LLAMA_NODES, "model", "m.model"),
+        (PEFT_WEIGHTS, LLAMA_NODES, "m/model", "model"),
         # Without any dotted name, what PEFT calls its root is all there is.
         ((), (), "m/base_model/model/fc1", "fc1"),
         ((), (), "m/base_model/fc1", "fc1"),
