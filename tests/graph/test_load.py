@@ -76,15 +76,18 @@ def test_a_model_that_we_made_is_checked_whatever_its_size():
 def test_tensors_in_linked_files_read_the_file_behind_the_link_even_where_onnx_ir_reads_them(tmp_path):
     """onnx_ir refuses links, and elements of half a byte are read by it alone."""
     packed = ir.tensor(np.arange(8).reshape(2, 4).astype(ml_dtypes.uint4), name="w")
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "hash").write_bytes(packed.tobytes())
-    (tmp_path / "w.bin").symlink_to(tmp_path / "blobs" / "hash")
-    stored = ir.ExternalTensor("w.bin", 0, 4, packed.dtype, shape=packed.shape, name="w", base_dir=tmp_path)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    (blobs / "hash").write_bytes(packed.tobytes())
+    for name in ("w.bin", "model.onnx"):
+        (snapshot / name).symlink_to(blobs / ("hash" if name == "w.bin" else name))
+    stored = ir.ExternalTensor("w.bin", 0, 4, packed.dtype, shape=packed.shape, name="w", base_dir=snapshot)
     value = ir.Value(name="w", const_value=stored)
     out = ir.node("Identity", [value])
     out.outputs[0].name = "y"
     out.outputs[0].type, out.outputs[0].shape = ir.TensorType(ir.DataType.UINT4), packed.shape
     graph = ir.Graph([], out.outputs, nodes=[out], initializers=[value], name="g", opset_imports={"": 21})
-    (tmp_path / "model.onnx").write_bytes(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
-    loaded = load_model(tmp_path / "model.onnx").graph.initializers["w"].const_value
+    (blobs / "model.onnx").write_bytes(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+    loaded = load_model(snapshot / "model.onnx").graph.initializers["w"].const_value
     np.testing.assert_array_equal(read(loaded), packed.numpy())

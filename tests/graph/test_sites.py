@@ -31,6 +31,17 @@ def test_a_name_that_two_branches_share_still_names_both_when_nothing_else_does(
     assert [(found.site.name, len(found.branches)) for found in finding.found] == [("fc", 2)]
 
 
+def test_names_of_shared_weights_do_not_contradict_each_other():
+    body = CALLED_AGAIN.replace("A2", "A").replace("B2", "B")
+    assert find_sites(model(body, names={"A": "one.lora_A.weight", "B": "two.lora_B.weight"})).names == ["one"]
+
+
+def test_structural_names_count_what_was_taken_by_structure(monkeypatch):
+    for name in "AB":
+        monkeypatch.setitem(WEIGHTS, f"{name}2", WEIGHTS[name] + 1)
+    assert find_sites(model(CALLED_AGAIN, names={}), structural=True).names == ["structural.0", "structural.1"]
+
+
 def test_a_shared_weight_may_bear_another_modules_name(monkeypatch):
     body = CALLED_AGAIN.replace("B2", "B")
     names = {"A": "one.lora_A.weight", "A2": "two.lora_A.weight", "B": "one.lora_B.weight"}
