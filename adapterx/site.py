@@ -56,7 +56,16 @@ class AdapterSite:
 
 
 class SiteTable(list[AdapterSite]):
-    """A list of sites that prints as a table."""
+    """A list of sites that prints as a table.
+
+    Args:
+        sites: the rows
+        left: what belongs to an adapter but is no site, in words; ``extract_adapters`` refuses such a model
+    """
+
+    def __init__(self, sites: Iterable[AdapterSite] = (), *, left: Iterable[str] = ()) -> None:
+        super().__init__(sites)
+        self.left = tuple(left)
 
     @property
     def names(self) -> list[str]:
@@ -87,7 +96,8 @@ class SiteTable(list[AdapterSite]):
         width = 100 + max((len(site.name) for site in self), default=0)
         # Names come from files of strangers: nothing in them is markup.
         Console(file=text, width=width, markup=False, emoji=False, highlight=False).print(self.table())
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        return "\n".join([*lines, *(f"left out: {line}" for line in self.left)])
 
 
 def by_name(sites: Iterable[AdapterSite]) -> dict[str, AdapterSite]:

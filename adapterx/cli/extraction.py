@@ -44,6 +44,8 @@ def sites(
     adapters = sorted({name for site in found for name in site.adapter.split("+") if name})
     named = f"; adapters by name: {printable(', '.join(adapters))}" if adapters else ""
     say(f"{len(found)} sites{named}")
+    for line in found.left:
+        say(f"left out: {printable(line)}")
 
 
 def extract(  # noqa: PLR0913 - the options of the command, all by name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ LINK_FROM_BYTES = 64 << 20
 _INLINE_LIMIT = 1_900_000_000
 _EXTERNAL_FROM_BYTES = 1024
 _ALIGNMENT = 4096
+_FICLONE = 0x40049409  # linux/fs.h
 
 
 @contextlib.contextmanager
@@ -84,10 +86,10 @@ def _sources(model: ir.Model, ours: str | None) -> dict[str, Path]:
 
 
 def _place(source: Path, target: Path) -> None:
-    """Bring a data file to ``target``: by copy when it is small, else by a second name for the same bytes.
+    """Bring a data file to ``target``: by copy when it is small, else sharing its blocks or by a second name for it.
 
     ``onnx.load`` refuses external data that has a second hard link (ONNX Runtime does not mind), so only files for
-    which a copy would be felt are linked. A copy shares blocks on file systems that can (btrfs, xfs).
+    which a copy would be felt are linked, and only where they cannot be cloned.
     """
     source = source.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +97,23 @@ def _place(source: Path, target: Path) -> None:
         raise ModelError(f"{target} is the source's own data file; extract into another folder")
     if target.exists() and target.samefile(source):
         return  # linked by an earlier extraction into this folder
-    if source.stat().st_size >= LINK_FROM_BYTES and _linked(source, target):
+    if source.stat().st_size >= LINK_FROM_BYTES and (_cloned(source, target) or _linked(source, target)):
         return
     copy_file(source, target, description=f"copying {target.name}")
+
+
+def _cloned(source: Path, target: Path) -> bool:
+    """A file of its own that shares the source's blocks, where the file system can (btrfs, xfs)."""
+    if sys.platform != "linux":
+        return False
+    import fcntl  # noqa: PLC0415 - not on every system
+
+    try:
+        with source.open("rb") as origin, replacing(target) as copy:
+            fcntl.ioctl(copy.fileno(), _FICLONE, origin.fileno())
+    except OSError:
+        return False
+    return True
 
 
 def _linked(source: Path, target: Path) -> bool:

@@ -57,7 +57,7 @@ class Finding:
     @property
     def sites(self) -> SiteTable:
         """The sites alone."""
-        return SiteTable(found.site for found in self.found)
+        return SiteTable((found.site for found in self.found), left=self.unsupported)
 
 
 def find_sites(model: ModelLike, *, adapter: AdapterLike | None = None, structural: bool = False) -> SiteTable:
@@ -73,7 +73,8 @@ def find_sites(model: ModelLike, *, adapter: AdapterLike | None = None, structur
             even when nothing shows that it is one
 
     Returns:
-        The sites in graph order; prints as a table.
+        The sites in graph order; prints as a table. Its ``left`` names what belongs to an adapter but cannot be
+        taken as a low-rank linear site.
 
     Raises:
         NoAdaptersFound: there is nothing to take; the message says what was looked at.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx.parser
 import pytest
@@ -9,6 +11,7 @@ from onnx import numpy_helper
 
 from adapterx.errors import ModelError
 from adapterx.graph.extract import extract_adapters
+from adapterx.graph.sites import find_sites
 
 LORA = """
     b = MatMul(x, W)
@@ -38,6 +41,7 @@ def model(body, paths, inputs="float[N, 6] x"):
 def assert_refused(proto, tmp_path, message):
     with pytest.raises(ModelError, match=message):
         extract_adapters(proto, tmp_path / "out", make_inputs=True)
+    assert re.search(f"left out: .*{message}", str(find_sites(proto)))
     assert not (tmp_path / "out").exists()
     assert extract_adapters(proto, tmp_path / "out", make_inputs=True, partial=True).sites.names == ["fc"]
 

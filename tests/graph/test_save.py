@@ -16,7 +16,7 @@ from adapterx.graph.save import save_model
 from adapterx.graph.sites import find_sites
 from tests.graph.text_models import Layer, text_model
 
-LAYERS = (Layer("a.q", 32, 32, 2, 2.0), Layer("b.q", 32, 32, 2, 2.0))
+LAYERS = (Layer("a.q", 32, 40, 2, 2.0), Layer("b.q", 40, 32, 2, 2.0))
 X = np.random.default_rng(1).standard_normal((2, 3, 32)).astype(np.float32)
 
 
@@ -45,7 +45,7 @@ def test_in_external_mode_large_inline_weights_move_to_a_page_aligned_file_that_
     stored = list(ir.load(out.model_path).graph.initializers.values())
     inside = [t.const_value for t in stored if isinstance(t.const_value, ir.ExternalTensor)]
     base = [tensor for tensor in inside if tensor.location == "model.onnx.data"]
-    assert [tensor.offset for tensor in base] == [0, 4096]
+    assert [tensor.offset for tensor in base] == [0, 8192]
     for tensor, layer in zip(base, LAYERS, strict=True):
         np.testing.assert_array_equal(tensor.numpy(), model.weights[layer.name][0])
     small = [value.name for value in stored if value.const_value is not None and value.const_value.nbytes < 1024]
