@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 from adapterx.errors import ModelError
 from adapterx.graph.extract import extract_adapters
 from adapterx.manifest import KEY, Manifest
-from tests.graph.test_joins import D, OUT, WEIGHTS, model, run
+from tests.graph.test_joins import OUT, WEIGHTS, D, model, run
 from tests.graph.text_models import Layer, text_model
 
 BRANCH = "b = MatMul(x, W)\n l = MatMul(x, A)\n z = MatMul(l, B)\n d = Mul(z, s)\n y = Add(b, d)"
@@ -35,8 +35,7 @@ def layers(count, rank=2):
     return tuple(Layer(f"model.layers.{i}.q_proj", 8, 8, rank, 2.0) for i in range(count))
 
 
-@pytest.mark.parametrize("old", ["b", "W"])
-@pytest.mark.parametrize("new", ["adapter_mask", "fc.lora_B.weight"])
+@pytest.mark.parametrize(("old", "new"), [("b", "adapter_mask"), ("b", "fc.lora_B.weight"), ("W", "adapter_mask")])
 def test_whatever_goes_by_the_name_of_a_port_gives_way(tmp_path, old, new):
     proto = renamed(model(BRANCH), old, new)
     x = np.ones((3, D), np.float32)
@@ -76,7 +75,7 @@ def test_members_of_unequal_rank_are_not_packed(tmp_path):
 def test_required_packed_inputs_have_no_default(tmp_path):
     proto = text_model(layers(2)).proto
     out = extract_adapters(proto, tmp_path, make_inputs=True, pack_inputs=True, optional_inputs=False)
-    assert not any("packed" in t.name and t.name.endswith("packed") for t in onnx.load(out.model_path).graph.initializer)
+    assert not [t.name for t in onnx.load(out.model_path).graph.initializer if t.name.endswith("packed")]
 
 
 def test_a_pack_of_one_is_not_split(tmp_path):
