@@ -151,7 +151,7 @@ def print_perplexities(table: dict[str | None, dict[str, float]]) -> None:
 def print_sample(name: str | None, text: str) -> None:
     readable = "".join(c if c.isprintable() or c == "\n" else "·" for c in text.expandtabs(4))
     console.print(f"  [bold cyan]{label(name)}[/]")
-    console.print(Padding(Text(textwrap.dedent(readable.strip("\n"))), (0, 6), expand=False))
+    console.print(Padding(Text(textwrap.dedent(readable.strip("\n"))), (0, 0, 0, 4), expand=False))
     console.print()
 
 
