@@ -1,7 +1,7 @@
 """Find low-rank branches by dataflow: ``x -> A -> B (-> scale) -> joined to what the base makes of x``.
 
 Structure alone does not make an adapter (a base model may have a bottleneck of its own): whether a branch is
-one is decided in :mod:`adapterx.graph.names`, by evidence.
+one is decided in :mod:`adapterx.graph.sites`, by evidence.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from adapterx.graph.branches import Branch
 from adapterx.graph.load import ModelLike, check_model, load_model
 from adapterx.graph.ports import Masks, PortOptions, add_ports
 from adapterx.graph.rewire import bypass, rewire
-from adapterx.graph.save import all_or_nothing, save_model
+from adapterx.graph.save import save_model, staged
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
 from adapterx.graph.view import linear
 from adapterx.graph.weights import read_diagonal
@@ -115,11 +115,10 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     files = {adapter_path: whole}
     if len(adapters) > 1:
         files |= {path.parent / f"adapter.{name}.{adapter_format}": one for name, one in adapters.items()}
-    with all_or_nothing() as written:
+    with staged(path.parent) as stage:
         for file, one in files.items():
-            save_adapter(one, file)
-            written.append(file)
-        save_model(loaded, path, written, ours=manifest.location, share_weights=port == "external")
+            save_adapter(one, stage / file.name)
+        save_model(loaded, path, stage, ours=manifest.location, share_weights=port == "external")
     return Extraction(path, adapter_path, whole, adapters, manifest.sites)
 
 

@@ -104,7 +104,7 @@ def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options:
     if len(pack.sites) == 1:
         return {pack.sites[0]: value}
     inputs, nodes = [value], []
-    if model.opset_imports.get("", 1) >= 13:
+    if model.opset_imports.get("", 1) >= 18:
         nodes = _equal_parts(model, value, len(pack.sites))
         inputs.append(nodes[-1].outputs[0])
     split = ir.node("Split", inputs, attributes={"axis": 0}, num_outputs=len(pack.sites), name=f"{pack.name}.split")
@@ -117,7 +117,10 @@ def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options:
 
 
 def _equal_parts(model: ir.Model, value: ir.Value, count: int) -> list[ir.Node]:
-    """Nodes that compute the sizes of ``count`` equal parts: left to itself, ORT's Split refuses to cut zero rows."""
+    """Nodes that compute the sizes of ``count`` equal parts.
+
+    From opset 18 on Split wants sizes or ``num_outputs``, and ONNX Runtime refuses to cut zero rows by the latter.
+    """
     numbers = {"first": [0], "count": [count]}
     constants = []
     for what, number in numbers.items():

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from adapterx.errors import ModelError
 from adapterx.graph.branches import SKIP_NORMS, Branch
-from adapterx.graph.view import MICROSOFT, is_op, linear
+from adapterx.graph.view import MICROSOFT, is_op
 from adapterx.ops import DOMAIN, LOW_RANK_ADD, VERSION
 
 _NORMS = {
@@ -49,8 +49,8 @@ def _put(branch: Branch, node: ir.Node, before: list[ir.Node]) -> None:
 def _base_of(branch: Branch) -> tuple[ir.Value, list[ir.Node]]:
     """The base alone: a value, and the nodes that make it where the join computed base and sum in one."""
     join = branch.join
-    if branch.delta_slot == 2 and linear(join) is not None:
-        kept = {name: join.attributes[name].value for name in ("alpha", "transA", "transB") if name in join.attributes}
+    if branch.delta_slot == 2:
+        kept = {name: join.attributes[name].value for name in ("alpha", "transB") if name in join.attributes}
         base = ir.node("Gemm", list(join.inputs[:2]), attributes=kept, name=f"{join.name}/base")
         base.outputs[0].name = f"{join.outputs[0].name}/base"
         base.outputs[0].type, base.outputs[0].shape = join.outputs[0].type, join.outputs[0].shape

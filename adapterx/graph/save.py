@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from adapterx.graph.load import LOCATION
 from adapterx.graph.weights import moved
 from adapterx.progress import progress
 
-# Below this a copy costs less than a tenth of a second, and spares the reader the trap of hard links (see `place`).
+# Below this a copy costs less than a tenth of a second, and spares the reader the trap of hard links (see `_place`).
 LINK_FROM_BYTES = 64 << 20
 _INLINE_LIMIT = 1_900_000_000
 _EXTERNAL_FROM_BYTES = 1024
@@ -25,25 +26,29 @@ _FICLONE = 0x40049409  # linux/fs.h
 
 
 @contextlib.contextmanager
-def all_or_nothing() -> Iterator[list[Path]]:
-    """A list for files as they are written; when the block fails, those in it are removed."""
-    written: list[Path] = []
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write into; when the block ends well its files move to ``folder``, a model after all that it names.
+
+    When the block fails, ``folder`` is as it was, files of an earlier extraction included.
+    """
+    stage = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder))
     try:
-        yield written
-    except BaseException:
-        for file in written:
-            with contextlib.suppress(OSError):
-                file.unlink()
-        raise
+        yield stage
+        for file in sorted(filter(Path.is_file, stage.rglob("*")), key=lambda file: file.suffix == ".onnx"):
+            target = folder / file.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
-def save_model(model: ir.Model, path: Path, written: list[Path], *, ours: str | None, share_weights: bool) -> None:
-    """Save ``model`` at ``path`` with all the data files that it names, the model last.
+def save_model(model: ir.Model, path: Path, stage: Path, *, ours: str | None, share_weights: bool) -> None:
+    """Save ``model`` with all the data files that it names.
 
     Args:
         model: external tensors still point at their source folder
-        path: target of the graph; data files go beside it under the locations that the model has
-        written: gets every file that was written
+        path: where the graph will be; data files go beside it under the locations that the model has
+        stage: where to write for now
         ours: a location that is not to be written (adapter ports), or ``None``
         share_weights: put inline weights into a data file too, so that several sessions can map one copy of them
 
@@ -53,16 +58,13 @@ def save_model(model: ir.Model, path: Path, written: list[Path], *, ours: str | 
     """
     sources = _sources(model, ours)
     for location, source in sources.items():
-        _place(source, path.parent / location)
-        written.append(path.parent / location)
+        if (path.parent / location).resolve() == source.resolve():
+            raise ModelError(f"{source} is the source's own data file; extract into another folder")
+        _place(source.resolve(), stage / location)
     _name_as_placed(model)
-    inline = sum(tensor.nbytes for tensor in _inline(model))
-    if share_weights or inline > _INLINE_LIMIT:
-        data = path.parent / _fresh(f"{path.name}.data", sources)
-        if _externalize(model, data):
-            written.append(data)
-    atomic_write(path, ir.to_proto(model).SerializeToString())
-    written.append(path)
+    if share_weights or sum(tensor.nbytes for tensor in _inline(model)) > _INLINE_LIMIT:
+        _externalize(model, stage / _fresh(f"{path.name}.data", sources))
+    atomic_write(stage / path.name, ir.to_proto(model).SerializeToString())
 
 
 def _name_as_placed(model: ir.Model) -> None:
@@ -91,12 +93,7 @@ def _place(source: Path, target: Path) -> None:
     ``onnx.load`` refuses external data that has a second hard link (ONNX Runtime does not mind), so only files for
     which a copy would be felt are linked, and only where they cannot be cloned.
     """
-    source = source.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.resolve() == source:
-        raise ModelError(f"{target} is the source's own data file; extract into another folder")
-    if target.exists() and target.samefile(source):
-        return  # linked by an earlier extraction into this folder
     if source.stat().st_size >= LINK_FROM_BYTES and (_cloned(source, target) or _linked(source, target)):
         return
     copy_file(source, target, description=f"copying {target.name}")
@@ -117,21 +114,19 @@ def _cloned(source: Path, target: Path) -> bool:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
-        temporary.hardlink_to(source)
+        target.hardlink_to(source)
     except OSError:
         # Another file system, or one without hard links, or not our file: copy instead.
         return False
-    temporary.replace(target)
     return True
 
 
-def _externalize(model: ir.Model, data: Path) -> bool:
-    """Move inline weights into ``data``, one after another; ``False`` when there are none worth it."""
+def _externalize(model: ir.Model, data: Path) -> None:
+    """Move inline weights into ``data``, one after another, where there are any worth it."""
     tensors = [value for value in _initializers(model) if _worth(value)]
     if not tensors:
-        return False
+        return
     total = sum(value.const_value.nbytes for value in tensors if value.const_value is not None)
     placed: list[tuple[ir.Value, ir.ExternalTensor]] = []
     with replacing(data) as file, progress(f"writing {data.name}", total) as advance:
@@ -155,7 +150,6 @@ def _externalize(model: ir.Model, data: Path) -> bool:
             placed.append((value, external))
     for value, external in placed:
         value.const_value = external
-    return True
 
 
 def _worth(value: ir.Value) -> bool:

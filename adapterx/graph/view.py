@@ -95,17 +95,10 @@ def scalar(value: ir.Value | None) -> float | None:
     return float(read(found.tensor).astype(np.float64).reshape(()))
 
 
-def source(value: ir.Value, *, rows: bool = True) -> ir.Value:
-    """Where a value really comes from: up through what keeps its numbers.
-
-    Args:
-        value: where to start
-        rows: also look through Reshape and its like, and through quantizers, which keep what a row means
-    """
+def source(value: ir.Value) -> ir.Value:
+    """Where a value really comes from: up through what keeps its numbers, or (Reshape, quantizers) what a row means."""
     while (node := value.producer()) is not None:
-        through = is_op(node, *SAME_VALUE) or (
-            rows and (is_op(node, *SAME_ROWS) or is_op(node, *_QUANTIZERS, domain=(*STANDARD, MICROSOFT)))
-        )
+        through = is_op(node, *SAME_VALUE, *SAME_ROWS) or is_op(node, *_QUANTIZERS, domain=(*STANDARD, MICROSOFT))
         if not through or node.inputs[0] is None or node.outputs[0] is not value:
             break
         value = node.inputs[0]

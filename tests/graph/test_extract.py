@@ -228,6 +228,16 @@ def test_a_failed_write_leaves_nothing_of_the_model(model, tmp_path, monkeypatch
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_failed_write_leaves_an_earlier_extraction_as_it_was(model, tmp_path, monkeypatch):
+    path = external(model, tmp_path / "in")
+    extract_adapters(path, tmp_path / "out", make_inputs=True)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(save, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        extract_adapters(path, tmp_path / "out", make_inputs=True, pack_inputs=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
 def test_written_files_have_the_permissions_of_any_new_file(model, tmp_path):
     out = extract_adapters(model.proto, tmp_path, make_inputs=True)
     umask = os.umask(0)

@@ -69,7 +69,7 @@ def test_strings_and_defaults_of_inputs_are_never_moved(tmp_path):
     words = ir.Value(name="words", const_value=ir.tensor(["word " * 100] * 20, name="words"))
     default = ir.Value(name="default", const_value=ir.tensor(np.ones(999, np.float32), name="default"))
     graph = ir.Graph([default], [], nodes=[], initializers=[words, default], name="g", opset_imports={"": 18})
-    save_model(ir.Model(graph, ir_version=10), tmp_path / "m.onnx", [], ours=None, share_weights=True)
+    save_model(ir.Model(graph, ir_version=10), tmp_path / "m.onnx", tmp_path, ours=None, share_weights=True)
     assert names(tmp_path) == ["m.onnx"]
 
 
