@@ -48,7 +48,7 @@ class Manifest:
             input), or ``external`` initializers whose file does not exist
         dynamic_rank: the rank of a port is symbolic, any rank fits; else exactly ``site.rank``
         optional: a port that is not fed makes its site the base
-        fingerprint: SHA-256 over the base graph and samples of its weights
+        fingerprint: SHA-256 over samples of the base weights, ``""`` where none could be read
         packs: packed inputs, empty unless ``port == "packed"``
         mask: name of the ``[n, R]`` mask input, ``None`` in external mode
         location: file name that external initializers point at, ``None`` in the other modes
