@@ -95,7 +95,7 @@ def find(
     branches = find_branches(model)
     paths = Paths.of(model)
     carriers = Counter(id(claim.carrier) for branch in branches for claim in claims_of(branch))
-    identified = [(branch, _identify(branch, paths, carriers)) for branch in branches]
+    identified = [(branch, _identify(branch, paths, carriers, strict=adapter is None)) for branch in branches]
     sites = [(branch, site) for branch, site in identified if site is not None]
     left = [branch for branch, site in identified if site is None]
     absent: tuple[str, ...] = ()
@@ -139,8 +139,12 @@ def _unnamed(sites: list[Pair], left: list[Branch]) -> list[str]:
     ]
 
 
-def _identify(branch: Branch, paths: Paths, carriers: Counter[int]) -> AdapterSite | None:
-    """The site that the branch's claims name; ``None`` when there is no claim."""
+def _identify(branch: Branch, paths: Paths, carriers: Counter[int], *, strict: bool) -> AdapterSite | None:
+    """The site that the branch's claims name; ``None`` when there is no claim.
+
+    Claims that contradict each other are an error when ``strict``; else the branch counts as unnamed, for its values
+    to decide.
+    """
     claims = list(claims_of(branch))
     if not claims:
         return None
@@ -151,6 +155,8 @@ def _identify(branch: Branch, paths: Paths, carriers: Counter[int]) -> AdapterSi
     for claim in own[1:]:
         other = paths.canonical(claim.module)
         if not _agree(name, other) and carriers[id(claim.carrier)] == 1:
+            if not strict:
+                return None
             raise ModelError(
                 f"the branch at {branch.place} is {name!r} by its {_words(believed)} but {other!r} by its "
                 f"{_words(claim)}; a tool renamed one and not the other. Export again, or give the exported adapter"

@@ -51,7 +51,11 @@ X = np.random.default_rng(1).standard_normal((2, 3, 8)).astype(np.float32)
 
 def other(model, rank=None):
     rng = np.random.default_rng(9)
-    sides = lambda la: tuple(rng.standard_normal((rank or la.rank, d)).astype(np.float32) for d in (la.d_in, la.d_out))  # noqa: E731
+
+    def sides(layer):
+        widths = (layer.d_in, layer.d_out)
+        return tuple(rng.standard_normal((rank or layer.rank, width)).astype(np.float32) for width in widths)
+
     return {layer.name: sides(layer) for layer in model.layers}
 
 

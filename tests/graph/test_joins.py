@@ -8,6 +8,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
+from adapterx.adapter import Adapter, LowRank
 from adapterx.errors import ModelError, NoAdaptersFound
 from adapterx.graph.extract import extract_adapters
 from adapterx.graph.sites import find_sites
@@ -172,8 +173,11 @@ def test_a_low_rank_base_is_not_an_adapter_unless_asked_for():
 
 def test_names_that_contradict_each_other_are_an_error():
     names = {"A": "base_model.model.fc.lora_A.default.weight", "B": "base_model.model.head.lora_B.default.weight"}
+    proto = model(BRANCH + "y = Add(b, d)", names=names)
     with pytest.raises(ModelError, match=r"'fc' by its initializer but 'head'"):
-        find_sites(model(BRANCH + "y = Add(b, d)", names=names))
+        find_sites(proto)
+    exported = Adapter({"head": LowRank(a=WEIGHTS["A"].T.copy(), b=2 * WEIGHTS["B"])})
+    assert find_sites(proto, adapter=exported).names == ["head"], "its values decide"
 
 
 def test_a_constant_that_others_use_too_is_left_alone(tmp_path):
