@@ -10,6 +10,7 @@ readmes of installed packages (and of `/usr/share/common-licenses`). It writes i
     adapters/licence
     adapters/header
 
+Six minutes on two cores with bf16 instructions, longer on others; the same bytes every time on one machine.
 `held_out/` is only read: a document that shares text with it is never trained on. Other machines have other text and
 other arithmetic, so the weights differ from the committed ones; `samples/demo.py` says whether its claims still hold.
 """
