@@ -94,8 +94,9 @@ def find(
     """:func:`find_sites` on a loaded model, with the branches that a rewriter needs."""
     branches = find_branches(model)
     paths = Paths.of(model)
-    carriers = Counter(id(claim.carrier) for branch in branches for claim in claims_of(branch))
-    identified = [(branch, _identify(branch, paths, carriers, strict=adapter is None)) for branch in branches]
+    claims = {branch: list(claims_of(branch)) for branch in branches}
+    carriers = Counter(id(claim.carrier) for told in claims.values() for claim in told)
+    identified = [(b, _identify(b, told, paths, carriers, strict=adapter is None)) for b, told in claims.items()]
     sites = [(branch, site) for branch, site in identified if site is not None]
     left = [branch for branch, site in identified if site is None]
     absent: tuple[str, ...] = ()
@@ -139,13 +140,14 @@ def _unnamed(sites: list[Pair], left: list[Branch]) -> list[str]:
     ]
 
 
-def _identify(branch: Branch, paths: Paths, carriers: Counter[int], *, strict: bool) -> AdapterSite | None:
+def _identify(
+    branch: Branch, claims: list[Claim], paths: Paths, carriers: Counter[int], *, strict: bool
+) -> AdapterSite | None:
     """The site that the branch's claims name; ``None`` when there is no claim.
 
     Claims that contradict each other are an error when ``strict``; else the branch counts as unnamed, for its values
     to decide.
     """
-    claims = list(claims_of(branch))
     if not claims:
         return None
     # What several branches share names one of them at most: equal tensors are merged by exporters.
