@@ -15,7 +15,21 @@ DOOR = "door"
 
 # What lies at the bottom knows nothing of files, graphs or runtimes; who is above whom there, the law of cycles says.
 BOTTOM = frozenset(
-    {"errors", "atomic", "progress", "limits", "external_data", "adapter", "site", "manifest", "ops", "fingerprint"}
+    {
+        "errors",
+        "atomic",
+        "progress",
+        "limits",
+        "external_data",
+        "adapter",
+        "site",
+        "manifest",
+        "ops",
+        "fingerprint",
+        "base_weight",
+        "grid",
+        "packed_codes",
+    }
 )
 # What may be imported by whom. A server that is given a ready model has no use for graph, hence runtime -> graph is
 # missing. The door (the package itself, cli, convert, verify) imports everything, and nothing imports the door.
