@@ -36,10 +36,10 @@ def build(name: str) -> Built:
 
 @functools.cache
 def key(name: str) -> str:
-    """What the product depends on: this package's sources without the table, the case, its source, versions."""
+    """What the product depends on: this package's sources without the tables, the case, its source, versions."""
     case, digest = CASES[name], hashlib.sha256()
     for path in sorted(HERE.glob("*.py")):
-        if path.name not in {"cases.py", "__init__.py"}:
+        if path.name not in {"cases.py", "kind_cases.py", "__init__.py"}:
             digest.update(path.read_bytes())
     digest.update(repr(dataclasses.replace(case, note="")).encode())
     digest.update(key(case.source).encode() if case.source else b"")

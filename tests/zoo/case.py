@@ -15,7 +15,10 @@ class TruthSite(NamedTuple):
     """A site that is really in the exported file.
 
     ``adapter`` is ``""`` where nothing in the graph tells it; ``scale`` is the factor that the graph applies
-    (1.0 where the exporter has put it inside B).
+    (1.0 where the exporter has put it inside B). Rank and scale are PEFT's own, also where the change is not of that
+    rank (LoHa, LoKr) or the graph holds the product only. What has none has rank 0 and scale 1.0: (IA)3, a module of
+    ``modules_to_save``, a prompt. A prompt is one row named ``prompt_encoder``, virtual tokens to width. A bias that is
+    trained with the low-rank part (``lora_bias``, ``bias="lora_only"``) is no row of its own.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Lora:
     r: int = 4
     alpha: float = 8
     kind: str = "lora"
+    quantized: str = ""
     name: str = "default"
     also: tuple[str, ...] = ()
     task_type: str | None = None
@@ -65,6 +69,9 @@ class Case:
         unsupported: holds an adapter of a kind that is refused, and why
         with_base: export the base model without any adapter too
         note: what is worth knowing
+        kind: of the adapter that the graph holds: "lora" for low rank on linears only, else what makes it more
+        quantized: the function of ``quantizers.py`` that the exported file went through; ``expected`` is ONNX Runtime's
+            answer then, on the base quantized so and each adapter in float
     """
 
     name: str
@@ -84,6 +91,8 @@ class Case:
     unsupported: str = ""
     with_base: bool = False
     note: str = ""
+    kind: str = "lora"
+    quantized: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from tests.zoo.case import Case, Lora
+from tests.zoo.kind_cases import KINDS
 
 LLAMA_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LLAMA_SOME = ("q_proj", "v_proj", "down_proj")
 GPT2 = ("c_attn", "c_proj", "c_fc")
 MLP = ("fc1", "fc2", "head")
-FEEDFORWARD = (("feedforward_modules", ["fc2"]),)
 DROPOUT = (("lora_dropout", 0.1),)
 PATTERNS = (("rank_pattern", {"v_proj": 6, "layers.1.mlp.down_proj": 2}), ("alpha_pattern", {"q_proj": 12}))
 HALF, BRAIN = 2e-2, 0.15
@@ -132,19 +132,12 @@ NOTHING = (
 )
 
 REFUSED = (
-    Case("ts_dora", "mlp", Lora(MLP, kind="dora"), unsupported="DoRA"),
-    Case("dy_dora", "mlp", Lora(MLP, kind="dora"), "dynamo", unsupported="DoRA"),
-    Case("ts_lora_bias", "normed", Lora(("up", "down"), extra=(("lora_bias", True),)), unsupported="lora_bias"),
-    Case("dy_lora_bias", "mlp", Lora(MLP, extra=(("lora_bias", True),)), "dynamo", unsupported="lora_bias"),
-    Case("ts_embedding", "llama", Lora(("embed_tokens", "q_proj")), unsupported="embedding LoRA"),
-    Case("dy_embedding", "llama_short", Lora(("embed_tokens", "q_proj")), "dynamo", unsupported="embedding LoRA"),
-    Case("ts_conv", "pictures", Lora(("conv1", "conv2", "fc")), unsupported="Conv2d LoRA"),
-    Case("dy_conv", "pictures", Lora(("conv1", "conv2", "fc")), "dynamo", unsupported="Conv2d LoRA"),
-    Case("ts_ia3", "mlp", Lora(MLP, kind="ia3", extra=FEEDFORWARD), unsupported="(IA)3"),
-    Case("dy_ia3", "mlp", Lora(MLP, kind="ia3", extra=FEEDFORWARD), "dynamo", unsupported="(IA)3"),
-)
+    Case("ts_oft", "mlp", Lora(MLP, kind="oft", extra=(("oft_block_size", 8), ("r", 0))), unsupported="OFT"),
+    Case("ts_tokens", "llama_short", Lora(("embed_tokens",), kind="tokens", extra=(("token_indices", [20, 75]),)),
+         unsupported="trainable tokens"),
+)  # fmt: skip
 
-TABLE = (*LLAMA_TORCHSCRIPT, *LLAMA_DYNAMO, *DEPLOYED, *OTHER_MODELS, *NOTHING, *REFUSED)
+TABLE = (*LLAMA_TORCHSCRIPT, *LLAMA_DYNAMO, *DEPLOYED, *OTHER_MODELS, *NOTHING, *REFUSED, *KINDS)
 
 CASES: dict[str, Case] = {case.name: case for case in TABLE}
 assert len(CASES) == len(TABLE), "two cases of one name"

@@ -214,6 +214,30 @@ class Pictures(nn.Module):
         return self.fc(torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3)))
 
 
+class Signals(nn.Module):
+    """One-dimensional convolutions with everything that a convolution can have, and one of width 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(6, 16, 5, stride=2, padding=3, dilation=2)
+        self.conv2, self.conv3 = nn.Conv1d(16, 24, 3, padding=1, groups=2), nn.Conv1d(24, 10, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv3(torch.relu(self.conv2(torch.relu(self.conv1(x)))))
+
+
+class Volumes(nn.Module):
+    """Three dimensions, and kernels, strides and paddings that differ by axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(2, 12, (3, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0), bias=False)
+        self.conv2 = nn.Conv3d(12, 10, (1, 2, 3), dilation=(1, 1, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(torch.relu(self.conv1(x)))
+
+
 def _steps(model: nn.Module) -> Subject:
     x = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(7))
     return Subject(seeded(model), {"x": x}, {"x": {0: "batch", 1: "tokens"}}, ("y",))
@@ -231,13 +255,25 @@ def bottleneck() -> Subject:
     return _steps(Bottleneck())
 
 
+def _convolved(model: nn.Module, *shape: int) -> Subject:
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(7))
+    return Subject(seeded(model), {"x": x}, {"x": {0: "batch"}}, ("y",))
+
+
 def pictures() -> Subject:
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
-    return Subject(seeded(Pictures()), {"x": x}, {"x": {0: "batch"}}, ("y",))
+    return _convolved(Pictures(), 3, 8, 8)
+
+
+def signals() -> Subject:
+    return _convolved(Signals(), 6, 20)
+
+
+def volumes() -> Subject:
+    return _convolved(Volumes(), 2, 4, 7, 6)
 
 
 SUBJECTS = (
     llama, llama_short, llama_tied, llama_wide, phi3, phi3_wide, t5, gpt2, mlp, mlp_no_bias, bert, bert_classifier,
-    vit, repeated, normed, bottleneck, pictures,
+    vit, repeated, normed, bottleneck, pictures, signals, volumes,
 )  # fmt: skip
 MODELS: dict[str, Callable[[], Subject]] = {f.__name__: f for f in SUBJECTS}

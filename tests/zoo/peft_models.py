@@ -9,27 +9,37 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 
 from tests.zoo.case import Lora, TruthSite
 
 SEEDS = {"a": 11, "b": 22, "c": 33}
 CONFIGS: dict[str, Any] = {
     "lora": peft.LoraConfig, "dora": peft.LoraConfig, "adalora": peft.AdaLoraConfig, "ia3": peft.IA3Config,
+    "vera": peft.VeraConfig, "loha": peft.LoHaConfig, "lokr": peft.LoKrConfig, "oft": peft.OFTConfig,
+    "tokens": peft.TrainableTokensConfig, "prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig,
 }  # fmt: skip
 
 
 def config(lora: Lora, label: str) -> Any:
     """PEFT's config of adapter ``label``."""
     extra = dict(lora.extra_c if label == "c" and lora.extra_c is not None else lora.extra)
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    common = {"target_modules": targets, "task_type": lora.task_type, **extra}
-    if lora.kind == "ia3":
-        return peft.IA3Config(**common)
     r, alpha = (lora.r + 3, lora.alpha * 1.5) if label == "c" else (lora.r, lora.alpha)
-    if lora.kind == "adalora":
-        return peft.AdaLoraConfig(init_r=r, target_r=r, total_step=10, tinit=1, tfinal=1, lora_alpha=alpha, **common)
-    return peft.LoraConfig(r=r, lora_alpha=alpha, use_dora=lora.kind == "dora", **common)
+    own: dict[str, Any] = {
+        "lora": {"r": r, "lora_alpha": alpha},
+        "dora": {"r": r, "lora_alpha": alpha, "use_dora": True},
+        "adalora": {"init_r": r, "target_r": r, "lora_alpha": alpha, "total_step": 10, "tinit": 1, "tfinal": 1},
+        "loha": {"r": r, "alpha": alpha},
+        "lokr": {"r": r, "alpha": alpha},
+        # b shares its random projections with a, c has others.
+        "vera": {"r": r, "save_projection": True, "projection_prng_key": 1 if label == "c" else 0},
+        "prompt": {"num_virtual_tokens": 5},
+        "prefix": {"num_virtual_tokens": 5},
+    }.get(lora.kind, {})
+    if lora.targets:
+        own["target_modules"] = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    return CONFIGS[lora.kind](**{**own, "task_type": lora.task_type, **extra})
 
 
 def attach(model: torch.nn.Module, lora: Lora, label: str) -> peft.PeftModel:
@@ -52,7 +62,7 @@ def _randomise(adapted: peft.PeftModel, seed: int, *, keep_b: bool) -> None:
     with torch.no_grad():
         for name, weight in sorted(adapted.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator)
-            if not any(prefix in name for prefix in ("lora_", "ia3_")) or (keep_b and "lora_B" in name):
+            if not weight.requires_grad or (keep_b and "lora_B" in name):
                 continue
             if "ia3_" in name or "magnitude" in name:
                 weight.mul_(1 + 0.3 * noise)
@@ -61,17 +71,30 @@ def _randomise(adapted: peft.PeftModel, seed: int, *, keep_b: bool) -> None:
 
 
 def truth(adapted: peft.PeftModel) -> list[TruthSite]:
-    """Every place of ``adapted`` with an active low-rank linear adapter, in module order."""
+    """Every place of ``adapted`` where an active adapter acts, in module order."""
+    if adapted.active_peft_config.is_prompt_learning:
+        prompt = adapted.prompt_encoder[adapted.active_adapter].embedding
+        return [TruthSite("prompt_encoder", adapted.active_adapter, 0, 1.0, *prompt.weight.shape)]
     rows = []
     for name, layer in adapted.base_model.model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        for adapter in layer.active_adapters:
-            rank, scale = layer.r[adapter], layer.scaling[adapter]
-            if hasattr(layer, "ranknum"):
-                scale = scale / (float(layer.ranknum[adapter]) + 1e-5)
-            rows.append(TruthSite(name, adapter, int(rank), float(scale), layer.in_features, layer.out_features))
+        if isinstance(layer, ModulesToSaveWrapper):
+            saved: Any = layer.original_module
+            rows += [TruthSite(name, each, 0, 1.0, saved.in_features, saved.out_features) for each in _active(layer)]
+        elif isinstance(layer, BaseTunerLayer):
+            rows += [_row(name, layer, each) for each in _active(layer)]
     return rows
+
+
+def _active(layer: Any) -> list[str]:
+    return list(layer.active_adapters)
+
+
+def _row(name: str, layer: Any, adapter: str) -> TruthSite:
+    rank, scale = getattr(layer, "r", {}).get(adapter, 0), getattr(layer, "scaling", {}).get(adapter, 1.0)
+    if hasattr(layer, "ranknum"):
+        scale = scale / (float(layer.ranknum[adapter]) + 1e-5)
+    sized = layer if hasattr(layer, "in_features") else layer.get_base_layer()
+    return TruthSite(name, adapter, int(rank), float(scale), sized.in_features, sized.out_features)
 
 
 def save(adapted: peft.PeftModel, folder: Path, *, name: str) -> None:

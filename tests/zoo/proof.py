@@ -47,6 +47,8 @@ def assert_reproduces(case: Case, path: Path, facts: Facts) -> None:
 
 
 def _distance(one: Array, other: Array) -> float:
+    if one.shape != other.shape:
+        return np.inf  # virtual tokens have outputs too
     apart = np.abs(as_stored(one).astype(np.float32) - as_stored(other).astype(np.float32))
     return float(apart.max(initial=0.0))
 
