@@ -1,4 +1,4 @@
-"""Adapter: named low-rank changes by site, immutable, known by the hash of their content."""
+"""Adapter: named changes by site, immutable, known by the hash of their content."""
 
 from __future__ import annotations
 
@@ -18,6 +18,20 @@ Array = NDArray[Any]
 
 LORA_A = "lora_A"
 LORA_B = "lora_B"
+GAIN = "gain"
+INPUT_GAIN = "input_gain"
+SHIFT = "shift"
+MAGNITUDE = "magnitude"
+WHOLE_BIAS = "whole_bias"
+WHOLE_WEIGHT = "whole_weight"
+PROMPT = "prompt"
+
+RELATIVE = (GAIN, INPUT_GAIN, SHIFT)
+ABSOLUTE = (MAGNITUDE, WHOLE_BIAS, WHOLE_WEIGHT)
+PARTS = (*RELATIVE, *ABSOLUTE, PROMPT)
+
+
+_NO_PARTS: Mapping[str, Array] = MappingProxyType({})
 
 
 def tensor_name(site: str, side: str) -> str:
@@ -51,17 +65,25 @@ def frozen(array: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """The change ``b.T @ a`` that an adapter makes to one linear weight (Hu et al., arXiv 2106.09685).
+    """What an adapter does at one site: the change ``b.T @ a`` of a weight (Hu et al., arXiv 2106.09685), and more.
 
     The scale (alpha / r) is already inside ``b``. Readers of adapter files fold it in once, at the door; nothing
-    behind the door knows of it.
+    behind the door knows of it. What kinds other than plain LoRA need beside the two matrices lies in ``parts``, with
+    the rows first, so that adapters can lie side by side in all of them::
+
+        y = op(x * (1 + input_gain)) * (1 + gain) + shift + (x @ a.T) @ b
 
     Args:
-        a: ``[r, d_in]``
+        a: ``[r, d_in]``; of a convolution ``[r, c_in, *kernel]``; of an embedding ``[r, vocabulary]``
         b: ``[r, d_out]``
+        parts: by name. Changes, zero being the base: ``gain`` ``[1, d_out]``, ``input_gain`` ``[1, d_in]``, ``shift``
+            ``[1, d_out]``. What must meet a base weight first (:mod:`adapterx.kinds`): ``magnitude`` ``[1, d_out]`` of
+            DoRA, ``whole_bias`` ``[1, d_out]`` and ``whole_weight`` ``[d_out, d_in]``, which stand in for the base's
+            own. And ``prompt`` ``[tokens, width]``, which stands beside no weight. A site with parts only has
+            matrices of no rows (and of no columns, where the file does not tell how many).
 
     Raises:
-        MismatchError: ``a`` and ``b`` are not matrices that share ``r``, or differ in dtype.
+        MismatchError: ``a`` and ``b`` are not matrices that share ``r``, or differ in dtype; unknown or misshapen parts.
 
     Example:
         >>> LowRank(a=np.ones((2, 4)), b=np.ones((2, 3))).rank
@@ -70,9 +92,10 @@ class LowRank:
 
     a: Array
     b: Array
+    parts: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[0]:
+        if self.a.ndim < 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[0]:
             raise MismatchError(
                 f"a and b must be matrices [r, d_in] and [r, d_out] of one rank; got {self.a.shape} and {self.b.shape}"
             )
@@ -80,6 +103,30 @@ class LowRank:
             raise MismatchError(f"a and b must share a dtype; got {self.a.dtype} and {self.b.dtype}")
         object.__setattr__(self, "a", frozen(self.a))
         object.__setattr__(self, "b", frozen(self.b))
+        object.__setattr__(self, "parts", MappingProxyType(self._checked_parts()) if self.parts else _NO_PARTS)
+
+    def _checked_parts(self) -> dict[str, Array]:
+        unknown = [name for name in self.parts if name not in PARTS]
+        if unknown:
+            raise MismatchError(f"a site has no part {unknown[0]!r}; expected {', '.join(PARTS)}")
+        rows = {name: part for name, part in self.parts.items() if name not in {WHOLE_WEIGHT, PROMPT}}
+        for name, part in self.parts.items():
+            if part.ndim != 2 or (name in rows and part.shape[0] != 1):
+                raise MismatchError(f"{name} must be a matrix{' of one row' * (name in rows)}; got {part.shape}")
+            if part.dtype != self.a.dtype:
+                raise MismatchError(f"{name} must share the dtype of a and b, {self.a.dtype}; got {part.dtype}")
+        return {name: frozen(self.parts[name]) for name in PARTS if name in self.parts}
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, Array]) -> LowRank:
+        """A site that has no low-rank change.
+
+        Example:
+            >>> LowRank.of_parts({"gain": np.zeros((1, 3))}).rank
+            0
+        """
+        first = next(iter(parts.values()))
+        return cls(a=np.zeros((0, 0), first.dtype), b=np.zeros((0, 0), first.dtype), parts=parts)
 
     @property
     def rank(self) -> int:
@@ -88,28 +135,50 @@ class LowRank:
 
     @property
     def d_in(self) -> int:
-        """Features that come in."""
-        return int(self.a.shape[1])
+        """Features (of a convolution channels, of an embedding words) that come in; 0 where parts do not tell."""
+        return int(self.a.shape[1]) or self._width(INPUT_GAIN, WHOLE_WEIGHT)
 
     @property
     def d_out(self) -> int:
-        """Features that go out."""
-        return int(self.b.shape[1])
+        """Features (of a convolution channels) that go out; 0 where parts do not tell."""
+        whole = self.parts.get(WHOLE_WEIGHT)
+        width = self._width(GAIN, SHIFT, MAGNITUDE, WHOLE_BIAS, PROMPT)
+        return int(self.b.shape[1]) or (width if whole is None else int(whole.shape[0]))
+
+    def _width(self, *names: str) -> int:
+        return next((int(self.parts[name].shape[1]) for name in names if name in self.parts), 0)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Sizes of a convolution's kernel; empty for all else."""
+        return tuple(int(size) for size in self.a.shape[2:])
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The element type of both matrices (``ml_dtypes.bfloat16`` for bf16)."""
+        """The element type of all tensors (``ml_dtypes.bfloat16`` for bf16)."""
         return self.a.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both matrices."""
-        return self.a.nbytes + self.b.nbytes
+        """Bytes of all tensors."""
+        return self.a.nbytes + self.b.nbytes + sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether every tensor can be fed as it is, without a look at the base."""
+        return not any(name in self.parts for name in ABSOLUTE)
+
+    def tensors(self) -> Iterator[tuple[str, Array]]:
+        """Every tensor that has elements under the name of its side: ``lora_A``, ``lora_B``, then the parts."""
+        if self.rank or not self.parts:
+            yield LORA_A, self.a
+            yield LORA_B, self.b
+        yield from self.parts.items()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """Low-rank changes by site; immutable. Two adapters are equal when their content is, wherever it came from.
+    """Changes by site; immutable. Two adapters are equal when their content is, wherever it came from.
 
     Args:
         sites: module path of the source checkpoint (``model.layers.0.self_attn.q_proj``) -> :class:`LowRank`.
@@ -148,8 +217,8 @@ class Adapter:
     def tensors(self) -> Iterator[tuple[str, Array]]:
         """Every tensor under its file name (``<site>.lora_A.weight`` ...), in sorted site order."""
         for site, low_rank in self.sites.items():
-            yield tensor_name(site, LORA_A), low_rank.a
-            yield tensor_name(site, LORA_B), low_rank.b
+            for side, array in low_rank.tensors():
+                yield tensor_name(site, side), array
 
     @property
     def ranks(self) -> tuple[int, ...]:

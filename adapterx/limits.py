@@ -29,7 +29,7 @@ class Limits:
     header_bytes: int = 16 << 20
     tensors: int = 20_000
     rank: int = 1024
-    ndim: int = 4
+    ndim: int = 5
     name_bytes: int = 512
     json_depth: int = 16
     config_bytes: int = 1 << 20

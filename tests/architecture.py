@@ -35,10 +35,10 @@ BOTTOM = frozenset(
 # missing. The door (the package itself, cli, convert, verify) imports everything, and nothing imports the door.
 LAYERS: Mapping[str, frozenset[str]] = {
     "bottom": frozenset({"bottom"}),
-    "formats": frozenset({"bottom", "formats"}),
     "kinds": frozenset({"bottom", "kinds"}),
+    "formats": frozenset({"bottom", "kinds", "formats"}),
     "graph": frozenset({"bottom", "formats", "kinds", "graph"}),
-    "runtime": frozenset({"bottom", "formats", "runtime"}),
+    "runtime": frozenset({"bottom", "kinds", "formats", "runtime"}),
     "serve": frozenset({"bottom", "formats", "runtime", "serve"}),
     "quant": frozenset({"bottom", "quant"}),
     "train": frozenset({"bottom", "formats", "kinds", "graph", "quant", "train"}),

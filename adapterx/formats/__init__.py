@@ -13,7 +13,7 @@ from pathlib import Path
 
 from adapterx.adapter import Adapter
 from adapterx.errors import OptionError, nearest
-from adapterx.formats import npz, onnx_adapter, peft, safetensors
+from adapterx.formats import npz, onnx_adapter, peft, peft_kinds, safetensors
 from adapterx.formats.detect import BY_SUFFIX, format_of
 from adapterx.formats.file_bytes import FileBytes
 from adapterx.formats.tensor_table import Nonfinite, TensorTable, as_peft_writes, low_ranks
@@ -74,20 +74,23 @@ def load_adapter(
     open_file = functools.partial(FileBytes, limits=limits, root=root, mmap=mmap)
     if path.is_dir():
         _refuse_pin(sha256, path)
-        table, lora = peft.read(path, open_file, limits)
+        table, settings = peft.read(path, open_file, limits)
     else:
         with open_file(path, sha256=sha256) as file:
             kind = format_of(file)
             table = _READ[kind](file, limits)
-        lora = None
+        settings = None
         if kind == "safetensors" and _is_peft(table, path):
             _refuse_pin(sha256, path)
-            table, lora = peft.beside(table, path.parent, open_file, limits)
-    if lora is None:
+            table, settings = peft.beside(table, path.parent, open_file, limits)
+    if settings is None:
         sites = low_ranks(table, limits, nonfinite=nonfinite)
         return Adapter(sites, {**table.metadata, "source": str(path), "format": kind})
-    sites = low_ranks(table, limits, nonfinite=nonfinite, scale=lora.scale)
-    return Adapter(sites, {**lora.metadata, "source": str(path), "format": "peft"})
+    if peft.is_plain(table, settings):
+        sites = low_ranks(table, limits, nonfinite=nonfinite, scale=settings.scale)
+    else:
+        sites = peft_kinds.changes(table, settings, limits, nonfinite=nonfinite)
+    return Adapter(sites, {**settings.metadata, "source": str(path), "format": "peft"})
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:

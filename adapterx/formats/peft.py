@@ -1,4 +1,4 @@
-"""PEFT folders: ``adapter_config.json`` beside ``adapter_model.safetensors``. Only LoRA on linear layers is read."""
+"""PEFT folders: ``adapter_config.json`` beside ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -11,33 +11,21 @@ from adapterx.formats import peft_config, safetensors
 from adapterx.formats.detect import PICKLE_ADVICE
 from adapterx.formats.faults import Faults
 from adapterx.formats.file_bytes import FileBytes
-from adapterx.formats.peft_config import PeftLora
+from adapterx.formats.peft_config import PeftSettings
 from adapterx.formats.tensor_table import TensorTable
 from adapterx.limits import Limits
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
-_LORA = (".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight")
-
+_PLAIN = (".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight")
 # Copies of base weights that save_embedding_layers adds: the base has them.
-_COPIES = (".base_layer.weight", ".base_layer.bias")
+_COPIES = (".base_layer.weight",)
 
-# Tensors of other ways to adapt, by what their name contains.
-_OTHERS = {
-    ".lora_embedding_": "LoRA on an embedding",
-    ".lora_magnitude_vector": "DoRA",
-    ".lora_B.bias": "a bias of the adapter (lora_bias)",
-    ".lora_E": "AdaLoRA",
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
-    ".ia3_": "(IA)3",
-    ".vera_": "VeRA",
-}
 _Open = Callable[[Path], FileBytes]
 
 
-def read(folder: Path, open_file: _Open, limits: Limits) -> tuple[TensorTable, PeftLora]:
-    """The tensors of a PEFT folder under their names in the file, and what scales them.
+def read(folder: Path, open_file: _Open, limits: Limits) -> tuple[TensorTable, PeftSettings]:
+    """The tensors of a PEFT folder under their names in the file, and what they mean.
 
     Args:
         folder: what ``save_pretrained`` wrote
@@ -46,7 +34,7 @@ def read(folder: Path, open_file: _Open, limits: Limits) -> tuple[TensorTable, P
 
     Raises:
         FormatError: a file is missing (the message lists what is there) or broken.
-        UnsupportedAdapter: the adapter does something that these two matrices a site cannot; all such things at once.
+        UnsupportedAdapter: the config has keys that change the numbers in unknown ways; all of them at once.
     """
     present = sorted(entry.name for entry in _entries(folder))
     if peft_config.NAME not in present:
@@ -60,7 +48,7 @@ def read(folder: Path, open_file: _Open, limits: Limits) -> tuple[TensorTable, P
     return beside(table, folder, open_file, limits)
 
 
-def beside(table: TensorTable, folder: Path, open_file: _Open, limits: Limits) -> tuple[TensorTable, PeftLora]:
+def beside(table: TensorTable, folder: Path, open_file: _Open, limits: Limits) -> tuple[TensorTable, PeftSettings]:
     """Tensors of PEFT that have been read already, with the config that lies in ``folder``.
 
     Raises:
@@ -72,25 +60,23 @@ def beside(table: TensorTable, folder: Path, open_file: _Open, limits: Limits) -
             "pass the PEFT folder"
         )
     with open_file(folder / peft_config.NAME) as file:
-        lora = peft_config.read(file, limits)
+        settings = peft_config.read(file, limits)
     faults = Faults(str(folder))
-    for key, reason in lora.unsupported:
+    for key, reason in settings.unsupported:
         faults.add(f"{peft_config.NAME}: {key}", reason)
-    arrays = {}
-    for name, array in table.arrays.items():
-        if name.endswith(_LORA):
-            arrays[name] = array
-            if array.ndim > 2:
-                faults.add(name, f"LoRA on a convolution, its shape is {array.shape}")
-        elif not name.endswith(_COPIES):
-            others = [what for sign, what in _OTHERS.items() if sign in name]
-            faults.add(name, others[0] if others else "a whole weight that replaces one of the base (modules_to_save)")
     faults.refuse(
         "this adapter cannot be applied exactly",
-        advice="Nothing was loaded. Train it as plain LoRA on linear layers, or merge it with PEFT.",
+        advice="Nothing was loaded. Train it without that, or merge it with PEFT.",
         error=UnsupportedAdapter,
     )
-    return dataclasses.replace(table, arrays=arrays, layout="peft"), lora
+    arrays = {name: array for name, array in table.arrays.items() if not name.endswith(_COPIES)}
+    return dataclasses.replace(table, arrays=arrays, layout="peft"), settings
+
+
+def is_plain(table: TensorTable, settings: PeftSettings) -> bool:
+    """Whether the table holds pairs of matrices and nothing else: LoRA on linear layers."""
+    whole = all(name.endswith(_PLAIN) and array.ndim == 2 for name, array in table.arrays.items())
+    return whole and settings.kind == "LORA" and not settings.dora
 
 
 def has_config(folder: Path) -> bool:

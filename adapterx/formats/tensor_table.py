@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from adapterx.adapter import LORA_A, LORA_B, Array, LowRank, frozen, tensor_name
+from adapterx.adapter import LORA_A, LORA_B, PARTS, PROMPT, WHOLE_WEIGHT, Array, LowRank, frozen, tensor_name
 from adapterx.formats.dtypes import BY_DTYPE, NAMES
 from adapterx.formats.faults import Faults
 from adapterx.formats.finite import all_finite, count_nonfinite
@@ -28,6 +28,7 @@ Scale = Callable[[str, int], float]
 # Exporters name the node after the module (`lora_A.MatMul`), PEFT's raw state the adapter (`lora_A.default`).
 _OTHER_NAME = re.compile(r"(?P<site>.+)\.(?P<side>lora_[AB])\.(?:MatMul|default)\.weight")
 _ENDINGS = (tensor_name("", LORA_A), tensor_name("", LORA_B))
+_PART_ENDINGS = {tensor_name("", part): part for part in PARTS}
 PREFIX = "base_model.model."
 
 _ADVICE = "Nothing was loaded. Export or convert the adapter again."
@@ -71,7 +72,7 @@ def low_ranks(
     """The sites of a table.
 
     Args:
-        table: tensors named ``<site>.lora_A.weight`` and ``<site>.lora_B.weight``
+        table: tensors named ``<site>.lora_A.weight`` and ``<site>.lora_B.weight``, and parts, ``<site>.gain.weight`` ...
         limits: names, number, rank and dimensions are checked against them
         nonfinite: ``"allow"`` lets NaN and infinity pass
         scale: factor for ``b`` by site and rank, folded in fp32 and then rounded to the tensor's own type; its
@@ -87,9 +88,9 @@ def low_ranks(
     if len(table.arrays) > limits.tensors:
         faults.add("tensors", f"{len(table.arrays)} of them, at most {limits.tensors} are read")
         faults.refuse("this adapter cannot be loaded", advice=_ADVICE)
-    pairs = _paired(table, limits, faults)
+    pairs, parts = _paired(table, limits, faults)
     if not table.finite and nonfinite == "refuse":
-        _refuse_nonfinite(table.arrays, faults)
+        refuse_nonfinite(table.arrays, faults)
     layout = _layout_of(pairs, table.layout)
     turned: dict[str, tuple[Array, Array]] = {}
     for site, pair in pairs.items():
@@ -105,7 +106,8 @@ def low_ranks(
             except ValueError as cause:
                 faults.add(site, str(cause))
     faults.refuse("this adapter cannot be loaded", advice=_ADVICE)
-    return {site: LowRank(a=a, b=b) for site, (a, b) in turned.items()}
+    sites = {site: LowRank(a=a, b=b, parts=parts.pop(site, {})) for site, (a, b) in turned.items()}
+    return sites | {site: LowRank.of_parts(alone) for site, alone in parts.items()}
 
 
 def as_peft_writes(arrays: Mapping[str, Array]) -> bool:
@@ -132,27 +134,36 @@ def tensors_to_write(sites: Mapping[str, LowRank], where: str) -> Iterator[tuple
     for site, low_rank in sites.items():
         if low_rank.dtype not in BY_DTYPE:
             faults.add(site, f"its element type is {low_rank.dtype}, files hold {NAMES}; cast it first")
-        if 0 in (low_rank.rank, low_rank.d_in, low_rank.d_out):
+        if any(not array.size for _, array in low_rank.tensors()):
             faults.add(site, f"it has no elements: a is {low_rank.a.shape}, b is {low_rank.b.shape}")
         if _place(tensor_name(site, LORA_A)) != (site, LORA_A) or not site.isprintable():
             faults.add(site, "a file would not give this name back")
     faults.refuse("this adapter cannot be written", advice="Nothing was written.")
     for site, low_rank in sites.items():
-        yield tensor_name(site, LORA_A), low_rank.a
-        yield tensor_name(site, LORA_B), low_rank.b
+        for side, array in low_rank.tensors():
+            yield tensor_name(site, side), array
 
 
-def _paired(table: TensorTable, limits: Limits, faults: Faults) -> dict[str, _Pair]:
-    """Complete pairs by site; whatever is not part of one becomes a fault."""
+_Parts = dict[str, dict[str, Array]]
+
+
+def _paired(table: TensorTable, limits: Limits, faults: Faults) -> tuple[dict[str, _Pair], _Parts]:
+    """Complete pairs by site, and parts by site; whatever is neither becomes a fault."""
+    parts: _Parts = {}
     halves: dict[str, dict[str, str]] = {LORA_A: {}, LORA_B: {}}
     for name, array in table.arrays.items():
         place = _place(name)
-        cause = _name_fault(name, limits)
-        if place is None:
+        cause = name_fault(name, limits)
+        part = next((part for ending, part in _PART_ENDINGS.items() if name.endswith(ending)), "")
+        if part and not cause and (site := name.removesuffix(tensor_name("", part)).removeprefix(PREFIX)):
+            cause = _tensor_fault(array, 2) or _part_fault(part, array)
+            parts.setdefault(site, {})[part] = array
+        elif place is None:
             cause = cause or f"unknown kind of tensor, expected names that end in {' or '.join(_ENDINGS)}"
         elif not cause:
             other = halves[place[1]].setdefault(place[0], name)
-            cause = _tensor_fault(array) if other is name else f"{other} stands for the same matrix"
+            most = limits.ndim if place[1] == LORA_A else 2
+            cause = _tensor_fault(array, most) if other is name else f"{other} stands for the same matrix"
         if cause:
             faults.add(name, cause)
     pairs = {}
@@ -165,11 +176,21 @@ def _paired(table: TensorTable, limits: Limits, faults: Faults) -> dict[str, _Pa
         if pair.a.dtype is not pair.b.dtype and pair.a.dtype != pair.b.dtype:
             faults.add(a_name, f"its element type is {pair.a.dtype}, that of {b_name} is {pair.b.dtype}")
         # What is no matrix has been told already.
-        elif pair.a.ndim == pair.b.ndim == 2:
+        elif pair.a.ndim >= 2 and pair.b.ndim == 2:
             pairs[site] = pair
     for site, b_name in halves[LORA_B].items():
         faults.add(b_name, f"its other half, {tensor_name(site, LORA_A)}, is missing")
-    return pairs
+    for site, alone in parts.items():
+        dtypes = {array.dtype for array in alone.values()} | ({pairs[site].a.dtype} if site in pairs else set())
+        if len(dtypes) > 1:
+            faults.add(site, f"its tensors have several element types: {', '.join(sorted(map(str, dtypes)))}")
+    return pairs, parts
+
+
+def _part_fault(part: str, array: Array) -> str:
+    if part in {WHOLE_WEIGHT, PROMPT} or len(array) == 1:
+        return ""
+    return f"expected one row, its shape is {array.shape}"
 
 
 def _place(name: str) -> tuple[str, str] | None:
@@ -183,15 +204,16 @@ def _place(name: str) -> tuple[str, str] | None:
     return site.removeprefix(PREFIX), side
 
 
-def _name_fault(name: str, limits: Limits) -> str:
+def name_fault(name: str, limits: Limits) -> str:
+    """Why a tensor cannot have this name, ``""`` when it can."""
     # No character has over 4 bytes in UTF-8.
     if 4 * len(name) > limits.name_bytes < len(name.encode("utf-8", "surrogatepass")):
         return f"the name has over {limits.name_bytes} bytes"
     return "" if name.isprintable() else "the name has characters that cannot be seen"
 
 
-def _tensor_fault(array: Array) -> str:
-    if array.ndim != 2:
+def _tensor_fault(array: Array, most: int) -> str:
+    if not 2 <= array.ndim <= most:
         return f"expected a matrix, its shape is {array.shape}"
     if not array.size:
         return f"it has no elements, its shape is {array.shape}"
@@ -200,7 +222,8 @@ def _tensor_fault(array: Array) -> str:
     return ""
 
 
-def _refuse_nonfinite(arrays: Mapping[str, Array], faults: Faults) -> None:
+def refuse_nonfinite(arrays: Mapping[str, Array], faults: Faults) -> None:
+    """Add a fault for each tensor with values that are NaN or infinite."""
     for name, array in arrays.items():
         if array.dtype.newbyteorder("=") in BY_DTYPE and not all_finite(array.astype(array.dtype.newbyteorder("="))):
             faults.add(name, f"{count_nonfinite(array)} of {array.size} values are NaN or infinite")
@@ -218,12 +241,12 @@ def _layout_of(pairs: Mapping[str, _Pair], layout: Layout) -> Layout:
 
 
 def _fits(pair: _Pair, layout: Layout) -> bool:
-    (a0, a1), (b0, b1) = pair.a.shape, pair.b.shape
+    (a0, a1, *kernel), (b0, b1) = pair.a.shape, pair.b.shape
     if layout == "rank_first":
         return bool(a0 == b0)
     if layout == "peft":
         return bool(a0 == b1)
-    return bool(a1 == b0 and a1 <= min(a0, b1))
+    return bool(a1 == b0 and a1 <= min(a0, b1) and not kernel)
 
 
 def _turned(pair: _Pair, layout: Layout) -> tuple[Array, Array]:

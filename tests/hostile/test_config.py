@@ -98,10 +98,6 @@ def test_modules_that_a_config_names_are_never_imported(tmp_path: Path, monkeypa
 
 
 UNSUPPORTED = {
-    "use_dora": True,
-    "bias": "all",
-    "modules_to_save": ["classifier"],
-    "lora_bias": True,
     "target_parameters": ["experts.gate_up_proj"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 4], [2, 6]],
@@ -112,7 +108,7 @@ UNSUPPORTED = {
     "kasa_config": {"beta": 1e-4},
     "megatron_config": {"hidden": 1},
     "init_lora_weights": "pissa_niter_16",
-    "peft_type": "LOHA",
+    "peft_type": "OFT",
     "key_of_next_year": 1,
 }
 
@@ -144,24 +140,33 @@ def test_how_training_began_does_not_matter_when_the_base_stayed(tmp_path: Path,
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
-        ("emb.lora_embedding_A", "LoRA on an embedding"),
-        ("fc.lora_magnitude_vector", "DoRA"),
-        ("fc.lora_B.bias", "lora_bias"),
-        ("classifier.weight", "replaces one of the base"),
-        ("fc.lora_E", "AdaLoRA"),
+        ("fc.lora_magnitude_vector", "use_dora the config does not speak of"),
+        ("fc.lora_B.bias", "lora_bias the config does not speak of"),
+        ("classifier.weight", "modules_to_save does not name it"),
+        ("fc.base_layer.bias", "modules_to_save does not name it"),
+        ("fc.lora_E", "peft_type the config does not speak of"),
+        ("fc.ia3_l", "peft_type the config does not speak of"),
     ],
 )
-def test_a_tensor_of_another_method_is_refused_by_name(tmp_path: Path, tensor: str, what: str) -> None:  # 47
-    a, b = matrices()
+def test_a_tensor_that_the_config_does_not_speak_of_is_refused_by_name(tmp_path: Path, tensor: str, what: str) -> None:
+    a, b = matrices()  # 47
     tensors = {**pair(a, b.T), tensor: np.ones(3, np.float32)}
     with pytest.raises(UnsupportedAdapter, match=rf"base_model\.model\.{tensor}: .*{what}"):
         load_adapter(peft_folder(tmp_path / "p", None, **tensors))
 
 
-def test_lora_on_a_convolution_is_refused(tmp_path: Path) -> None:
-    tensors = pair(np.ones((2, 4, 3, 3), np.float32), np.ones((3, 2, 1, 1), np.float32))
-    with pytest.raises(UnsupportedAdapter, match=r"lora_A\.weight: LoRA on a convolution, its shape is \(2, 4, 3, 3\)"):
-        load_adapter(peft_folder(tmp_path / "p", None, **tensors))
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"use_dora": True}, "fc: use_dora is set, but it has no lora_magnitude_vector"),
+        ({"peft_type": "ADALORA", "bias": "some"}, "bias: expected one of none"),
+        ({"modules_to_save": {"a": 1}}, "modules_to_save: expected a list of module names"),
+        ({"use_dora": "yes"}, "use_dora: expected true or false"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_or_itself_is_refused(tmp_path: Path, config: dict, what: str) -> None:
+    with pytest.raises(FormatError, match=what):
+        load_adapter(peft_folder(tmp_path / "p", config))
 
 
 def test_copies_of_base_weights_are_left_out(tmp_path: Path) -> None:

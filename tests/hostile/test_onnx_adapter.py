@@ -100,7 +100,7 @@ def test_the_file_that_the_others_are_made_from_is_good(tmp_path: Path) -> None:
         pytest.param(of(code=9), "has the ONNX element type 9, expected", id="bool"),
         pytest.param(of(code=11), "has the ONNX element type 11, expected", id="56 float64"),
         pytest.param(of(code=-1), "has the ONNX element type -1", id="negative type"),
-        pytest.param(of((1, 1, 1, 2, 4)), "has 5 dimensions, at most 4", id="five dimensions"),
+        pytest.param(of((1, 1, 1, 1, 2, 4)), "has 6 dimensions, at most 5", id="six dimensions"),
         pytest.param(of(omit="dims"), "lora_A.weight has no dims", id="no dims"),
         pytest.param(of(omit="raw_data"), "lora_A.weight has no data", id="no data"),
         pytest.param(of(omit="name"), "a parameter has no name", id="no name"),

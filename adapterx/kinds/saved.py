@@ -1,0 +1,61 @@
+"""Modules trained in full beside the adapter (PEFT's ``modules_to_save``), and biases trained in full (``bias="lora_only"``).
+
+In a PEFT file: the whole ``weight`` and ``bias`` of the module under their own names; a bias of an adapted layer under
+``base_layer.bias``.
+
+In a graph: the module's own operation, with the trained weight. What the base had there is not in the file. So the
+extracted model gets a weight and bias of zeros there, and the site must be fed: without an adapter there is no
+base to run. In a model that sites were put into, the base is there, and no adapter is needed.
+
+The ports are those of LoRA at full rank, ``min(d_in, d_out)``, which is small for a classifier's head, and ``shift``: the
+change from the graph's weight and bias to the trained ones (:func:`lowered`). Only linear and embedding modules.
+
+In a mixed batch: as LoRA, each row with its own head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adapterx.adapter import SHIFT, WHOLE_BIAS, WHOLE_WEIGHT, Array, LowRank
+from adapterx.kinds.lora import cast, of_delta, wide
+
+KEYS = ("weight", "bias", "base_layer.bias")
+
+
+def read(tensors: Mapping[str, Array]) -> LowRank:
+    """What a file says in full of one module: ``weight`` ``[d_out, d_in]``, ``bias`` ``[d_out]``, or one of them.
+
+    Raises:
+        ValueError: the weight is no matrix.
+    """
+    weight = tensors.get("weight")
+    bias = tensors.get("bias", tensors.get("base_layer.bias"))
+    if weight is not None and weight.ndim != 2:
+        raise ValueError(f"a module of another kind than linear, trained in full: its weight is {weight.shape}")
+    parts = {} if weight is None else {WHOLE_WEIGHT: weight}
+    if bias is not None:
+        parts[WHOLE_BIAS] = bias.reshape(1, -1)
+    return LowRank.of_parts(parts)
+
+
+def lowered(change: LowRank, weight: Array | None, bias: Array | None) -> LowRank:
+    """``change`` beside one base: the way from the base's weight and bias to its own.
+
+    Args:
+        change: with a ``whole_weight`` or ``whole_bias`` or both
+        weight: the base's, as ``whole_weight`` lies; only needed for that
+        bias: the base's ``[d_out]``, ``None`` when it has none
+    """
+    parts = {SHIFT: change.parts[SHIFT]} if SHIFT in change.parts else {}
+    low_rank = change
+    if WHOLE_WEIGHT in change.parts:
+        assert weight is not None, "the caller read it"
+        low_rank = of_delta(wide(change.parts[WHOLE_WEIGHT]) - wide(weight), change.dtype)
+    if WHOLE_BIAS in change.parts:
+        whole = wide(change.parts[WHOLE_BIAS])
+        total = whole if bias is None else whole - wide(bias)
+        if SHIFT in parts:
+            total = total + wide(parts[SHIFT])
+        parts[SHIFT] = cast(total, change.dtype, "bias")
+    return LowRank(a=low_rank.a, b=low_rank.b, parts=parts)
