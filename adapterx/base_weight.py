@@ -282,10 +282,16 @@ def _grid(ref: BaseWeight, tensor: Tensors) -> Grid:
 def _zero_points(ref: BaseWeight, array: Array) -> Array:
     if _is_float(array):
         return array
-    if array.size == 1 and not ref.by_rows:
+    if _is_shared(ref, array):
         return _unpacked(ref, array, (1, 1, 1, 1), 1)
     shape = _zero_tensor_shape(ref)
     return _unpacked(ref, array, shape, shape[-1] if ref.by_rows else math.prod(shape)).reshape(_scale_shape(ref))
+
+
+def _is_shared(ref: BaseWeight, zero: Array) -> bool:
+    """One zero point for the scales of many columns (MatMulInteger)."""
+    codes = zero.size * (_BYTE // ref.bits if _is_packed(ref, zero) else 1)
+    return codes < math.prod(_scale_shape(ref))
 
 
 def _is_float(array: Array) -> bool:
@@ -321,8 +327,8 @@ def _requantized(ref: BaseWeight, values: Array, tensor: Tensors) -> dict[str, A
 def _stored_zero(ref: BaseWeight, zero: Array, present: Array) -> Array:
     if _is_float(present):
         return zero.astype(present.dtype).reshape(present.shape)
-    if present.size == 1 and not ref.by_rows:
-        # One zero point for scales of several columns: nothing moved it.
+    if _is_shared(ref, present):
+        # Nothing moved it.
         return _packed(ref, zero.reshape(-1)[:1], present)
     return _packed(ref, zero.reshape(_zero_tensor_shape(ref)), present)
 
@@ -332,7 +338,7 @@ def _fresh(ref: BaseWeight, groups: Array, present: Grid, codes: Array, tensor: 
     low, high = _range_in_use(ref, codes, present)
     middle = 0 if ref.signed else 1 << (ref.bits - 1)
     stored = tensor(ref.tensors[ZERO]) if ZERO in ref.tensors else None
-    fixed = stored is None or bool((present.zero == middle).all()) or stored.size < present.scale.size
+    fixed = stored is None or bool((present.zero == middle).all()) or _is_shared(ref, stored)
     if fixed:
         signed_largest = low - middle == -(1 << (ref.bits - 1)) and (ref.by_rows or ref.bits < _BYTE)
         signed_largest = signed_largest and bool((present.zero == middle).all())
