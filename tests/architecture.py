@@ -31,6 +31,8 @@ BOTTOM = frozenset(
         "packed_codes",
     }
 )
+# The algebra of adapters lies beside their kinds: it knows no file, graph or runtime.
+ALGEBRA = frozenset({"combine", "truncation"})
 # What may be imported by whom. A server that is given a ready model has no use for graph, hence runtime -> graph is
 # missing. The door (the package itself, cli, convert, verify) imports everything, and nothing imports the door.
 LAYERS: Mapping[str, frozenset[str]] = {
@@ -133,7 +135,7 @@ def layer_of(module: str) -> str | None:
     # The command line is a folder of the door; a `verify/` or `convert/` would be a package without a layer.
     if top in DOOR_FILES and (not rest or top == "cli"):
         return DOOR
-    return "bottom" if top in BOTTOM else top if top in LAYERS else None
+    return "bottom" if top in BOTTOM else "kinds" if top in ALGEBRA else top if top in LAYERS else None
 
 
 def imports_that_point_up(root: Path) -> list[str]:

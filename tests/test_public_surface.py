@@ -8,7 +8,15 @@ import pytest
 import adapterx as ax
 from adapterx import errors
 
-VERBS = {"find_sites", "extract_adapters", "load_adapter", "save_adapter", "convert_adapter", "verify_extraction"}
+VERBS = {
+    "find_sites",
+    "extract_adapters",
+    "load_adapter",
+    "save_adapter",
+    "convert_adapter",
+    "combine",
+    "verify_extraction",
+}
 NOUNS = {"Adapter", "LowRank", "AdapterSession", "AdapterSite", "Extraction", "Verification"}
 ERRORS = {
     "AdapterxError",
