@@ -83,7 +83,7 @@ class LowRank:
             matrices of no rows (and of no columns, where the file does not tell how many).
 
     Raises:
-        MismatchError: ``a`` and ``b`` are not matrices that share ``r``, or differ in dtype; unknown or misshapen parts.
+        MismatchError: ``a`` and ``b`` are not matrices that share ``r``, or differ in dtype; unknown parts.
 
     Example:
         >>> LowRank(a=np.ones((2, 4)), b=np.ones((2, 3))).rank

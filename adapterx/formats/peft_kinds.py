@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from adapterx.adapter import Array, LowRank
 from adapterx.errors import UnsupportedAdapter
@@ -81,7 +81,7 @@ def _modules(arrays: Mapping[str, Array], settings: PeftSettings, faults: Faults
         if name.removeprefix(_ROOT) in vera.SHARED and settings.kind == "VERA":
             continue
         module, key = _place(name, settings)
-        cause = "" if key else _stranger(name, settings)
+        cause = "" if key else _stranger(name)
         if key and key in found.setdefault(module, {}):
             cause = "another name stands for the same tensor"
         if cause:
@@ -118,7 +118,7 @@ def _is_saved(module: str, settings: PeftSettings) -> bool:
     return any(f".{name}." in f".{module}." for name in settings.saved)
 
 
-def _stranger(name: str, settings: PeftSettings) -> str:
+def _stranger(name: str) -> str:
     for kind, keys in _ADAPTED.items():
         if any(name.endswith(f".{key}") for key in keys):
             switched = "use_dora" if name.endswith(dora.KEYS) else "lora_bias" if name.endswith("bias") else "peft_type"
@@ -145,25 +145,25 @@ def _trained(tensors: Mapping[str, Array]) -> LowRank | None:
 def _adapted(
     module: str, tensors: Mapping[str, Array], settings: PeftSettings, shared: Mapping[str, Array]
 ) -> LowRank | None:
+    if not tensors:
+        return None
     scale = functools.partial(settings.scale, module)
-    match settings.kind:
-        case _ if not tensors:
-            return None
-        case "LOHA":
-            return loha.read(tensors, scale)
-        case "LOKR":
-            return lokr.read(tensors, scale)
-        case "VERA":
-            return vera.read(tensors, shared)
-        case "IA3":
-            return ia3.read(tensors, feedforward=any(f".{module}".endswith(f".{n}") for n in settings.feedforward))
-        case "PROMPT_TUNING" | "P_TUNING" | "PREFIX_TUNING":
-            return prompt.read(tensors)
+    feedforward = any(f".{module}".endswith(f".{name}") for name in settings.feedforward)
+    read: dict[str, Callable[[], LowRank]] = {
+        "LOHA": lambda: loha.read(tensors, scale),
+        "LOKR": lambda: lokr.read(tensors, scale),
+        "VERA": lambda: vera.read(tensors, shared),
+        "IA3": lambda: ia3.read(tensors, feedforward=feedforward),
+        "LORA": lambda: _lora(tensors, settings, scale),
+        "ADALORA": lambda: lora.read(tensors, scale),
+    }
+    return read.get(settings.kind, lambda: prompt.read(tensors))()
+
+
+def _lora(tensors: Mapping[str, Array], settings: PeftSettings, scale: lora.Scale) -> LowRank:
     if any(key in tensors for key in embedding.KEYS):
         return embedding.read(tensors, scale)
     if settings.dora and not any(key in tensors for key in dora.KEYS):
         raise ValueError("use_dora is set, but it has no lora_magnitude_vector")
-    if any(key in tensors for key in dora.KEYS):
-        return dora.read(tensors, scale)
     is_conv = "lora_A.weight" in tensors and tensors["lora_A.weight"].ndim > 2
-    return (conv if is_conv else lora).read(tensors, scale)
+    return (dora if settings.dora else conv if is_conv else lora).read(tensors, scale)

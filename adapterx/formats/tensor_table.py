@@ -72,7 +72,7 @@ def low_ranks(
     """The sites of a table.
 
     Args:
-        table: tensors named ``<site>.lora_A.weight`` and ``<site>.lora_B.weight``, and parts, ``<site>.gain.weight`` ...
+        table: tensors named ``<site>.lora_A.weight`` and ``<site>.lora_B.weight``, and parts (``<site>.gain.weight``)
         limits: names, number, rank and dimensions are checked against them
         nonfinite: ``"allow"`` lets NaN and infinity pass
         scale: factor for ``b`` by site and rank, folded in fp32 and then rounded to the tensor's own type; its

@@ -1,7 +1,8 @@
 """Kinds of adapters: one module each, which says what its file holds, what a graph holds, and how it is mixed.
 
 All kinds come down to the few tensors of :class:`adapterx.adapter.LowRank`. Some do so when their file is read. Those
-whose arithmetic has the base weight in it (:data:`adapterx.adapter.ABSOLUTE`) do so when they meet a model: :func:`lowered`.
+whose arithmetic has the base weight in it (:data:`adapterx.adapter.ABSOLUTE`) do so when they meet a model:
+:func:`lowered`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """LoRA on a convolution of one, two or three dimensions: a convolution to ``r`` channels, and one of width 1 back.
 
-In a PEFT file: ``lora_A.weight`` ``[r, c_in, *kernel]`` with the base's kernel, stride and padding, and ``lora_B.weight``
-``[c_out, r, 1, ...]``. With groups, PEFT groups ``B`` alone, ``[c_out, r / groups, 1, ...]``; it is spread here over the
-ranks that each group reads, zero elsewhere.
+In a PEFT file: ``lora_A.weight`` ``[r, c_in, *kernel]`` with the base's kernel, stride and padding, and
+``lora_B.weight`` ``[c_out, r, 1, ...]``. With groups, PEFT groups ``B`` alone, ``[c_out, r / groups, 1, ...]``; it is
+spread here over the ranks that each group reads, zero elsewhere.
 
-In a graph: ``Conv(x, A) -> Conv(., B) -> Mul -> Add``. Ports ``lora_A`` ``[r, c_in, *kernel]``, ``lora_B`` ``[r, c_out]``.
-A convolution with no channels is not defined alike everywhere, so the port's default is one rank of zeros.
+In a graph: ``Conv(x, A) -> Conv(., B) -> Mul -> Add``. Ports ``lora_A`` ``[r, c_in, *kernel]``, ``lora_B`` ``[r,
+c_out]``. A convolution with no channels is not defined alike everywhere, so the port's default is one rank of zeros.
 
 In a mixed batch: the mask weighs the ``r`` channels between the two convolutions, row by row.
 """

@@ -4,10 +4,10 @@
 
 In a PEFT file: those of LoRA, and ``lora_magnitude_vector`` ``[d_out]``.
 
-In a graph: TorchScript computes the norm at each run; dynamo folds ``m / norm`` into one vector, since all of it is constant.
-Either way the sites get the ports of LoRA, with ``m / norm`` multiplied into ``b``, and beside them ``gain = m / norm - 1`` and
-``shift = (1 - m / norm) * bias``. The norm needs the base weight: it is taken when the adapter meets a model
-(:func:`lowered`), once, not at each run.
+In a graph: TorchScript computes the norm at each run; dynamo folds ``m / norm`` into one vector, since all of it is
+constant. Either way the sites get the ports of LoRA, with ``m / norm`` multiplied into ``b``, and beside them ``gain
+= m / norm - 1`` and ``shift = (1 - m / norm) * bias``. The norm needs the base weight: it is taken when the adapter
+meets a model (:func:`lowered`), once, not at each run.
 
 In a mixed batch: as LoRA, with gain and shift by the row mask. A weighted sum of DoRA adapters on one row is not what
 PEFT would compute of both, since the norm is not linear.

@@ -3,8 +3,9 @@
 In a PEFT file: ``lora_embedding_A`` ``[r, vocabulary]`` and ``lora_embedding_B`` ``[hidden, r]``, without ``.weight``.
 ``save_embedding_layers`` adds a copy of the base's table under ``base_layer.weight``, which is not the adapter's.
 
-In a graph: ``Gather(A.T, ids) -> MatMul(B.T) -> Mul -> Add``. Ports ``lora_A`` ``[r, vocabulary]``, ``lora_B`` ``[r, hidden]``.
-An lm_head that shares its table with the embedding is a site of its own: PEFT adapts the layers, not the table.
+In a graph: ``Gather(A.T, ids) -> MatMul(B.T) -> Mul -> Add``. Ports ``lora_A`` ``[r, vocabulary]``, ``lora_B`` ``[r,
+hidden]``. An lm_head that shares its table with the embedding is a site of its own: PEFT adapts the layers, not the
+table.
 
 In a mixed batch: as LoRA on a linear layer.
 """

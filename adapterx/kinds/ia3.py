@@ -1,10 +1,11 @@
 """(IA)3: activations multiplied by a learned vector (Liu et al., arXiv 2205.05638).
 
-In a PEFT file: ``ia3_l``, ``[d_out, 1]`` where the output of a linear layer is multiplied, bias included, and ``[1, d_in]`` where its
-input is (``feedforward_modules``); of a convolution ``[1, channels, 1, ...]`` for both, told apart by the config.
+In a PEFT file: ``ia3_l``, ``[d_out, 1]`` where the output of a linear layer is multiplied, bias included, and ``[1,
+d_in]`` where its input is (``feedforward_modules``); of a convolution ``[1, channels, 1, ...]`` for both, told apart
+by the config.
 
-In a graph: one ``Mul`` after the base, or before it. Ports ``gain`` ``[1, d_out]`` or ``input_gain`` ``[1, d_in]``. They hold
-``l - 1``: like every port they are zero for the base.
+In a graph: one ``Mul`` after the base, or before it. Ports ``gain`` ``[1, d_out]`` or ``input_gain`` ``[1, d_in]``.
+They hold ``l - 1``: like every port they are zero for the base.
 
 In a mixed batch: each row picks its gain by the row mask. A weighted sum of several adapters on one row adds their
 ``l - 1``, which is not the product that PEFT would make of several active ones.

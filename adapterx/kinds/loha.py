@@ -2,13 +2,13 @@
 
 Hyeon-Woo et al., FedPara, arXiv 2108.06098; Yeh et al., LyCORIS, arXiv 2309.14859.
 
-In a PEFT file: ``hada_w1_a`` ``[d_out, r]``, ``hada_w1_b`` ``[r, d_in]``, and ``hada_w2_a``, ``hada_w2_b`` alike. Convolutions have
-their kernel flattened into ``d_in``; the decomposition with ``hada_t1`` and ``hada_t2`` is refused.
+In a PEFT file: ``hada_w1_a`` ``[d_out, r]``, ``hada_w1_b`` ``[r, d_in]``, and ``hada_w2_a``, ``hada_w2_b`` alike.
+Convolutions have their kernel flattened into ``d_in``; the decomposition with ``hada_t1`` and ``hada_t2`` is refused.
 
 In a graph: TorchScript computes the change from the four factors at each run; dynamo folds it into one matrix
-``[d_in, d_out]``. Either becomes the ports of plain LoRA: the elementwise product of two matrices of rank ``r`` is exactly one
-of rank ``r * r``, whose factors are all products of a column of the one with a column of the other. A folded change is
-taken as it lies, at full rank.
+``[d_in, d_out]``. Either becomes the ports of plain LoRA: the elementwise product of two matrices of rank ``r`` is
+exactly one of rank ``r * r``, whose factors are all products of a column of the one with a column of the other. A
+folded change is taken as it lies, at full rank.
 
 In a mixed batch: as LoRA, at rank ``min(r * r, d_in, d_out)``.
 """

@@ -1,10 +1,11 @@
 """LoKr: ``W + s * kron(w1, w2)``, where either factor may itself be a product (Yeh et al., LyCORIS, arXiv 2309.14859).
 
-In a PEFT file: ``lokr_w1`` ``[o1, i1]`` or ``lokr_w1_a @ lokr_w1_b``; ``lokr_w2`` ``[o2, i2]`` (of a convolution with its kernel) or
-``lokr_w2_a @ lokr_w2_b``. The decomposition with ``lokr_t2`` is refused.
+In a PEFT file: ``lokr_w1`` ``[o1, i1]`` or ``lokr_w1_a @ lokr_w1_b``; ``lokr_w2`` ``[o2, i2]`` (of a convolution with
+its kernel) or ``lokr_w2_a @ lokr_w2_b``. The decomposition with ``lokr_t2`` is refused.
 
 In a graph: TorchScript cannot export it; dynamo folds the change into one matrix. It becomes the ports of plain LoRA:
-``kron(l1 @ r1, l2 @ r2) = kron(l1, l2) @ kron(r1, r2)`` exactly, where a factor that is no product is one with the identity.
+``kron(l1 @ r1, l2 @ r2) = kron(l1, l2) @ kron(r1, r2)`` exactly, where a factor that is no product is one with the
+identity.
 
 In a mixed batch: as LoRA, at the product of the two factors' ranks, at most ``min(d_in, d_out)``.
 """

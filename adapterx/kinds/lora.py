@@ -1,8 +1,8 @@
 """LoRA on a linear layer: ``W + s * B @ A`` (Hu et al., arXiv 2106.09685); with a bias of its own, ``lora_bias``.
 
 In a PEFT file: ``lora_A.weight`` ``[r, d_in]``, ``lora_B.weight`` ``[d_out, r]``, with ``lora_bias`` ``lora_B.bias``
-``[d_out]``; the scale (alpha / r, or alpha / sqrt(r)) stands in the config. AdaLoRA (Zhang et al., arXiv 2303.10512) adds
-``lora_E`` ``[r, 1]``, which multiplies the rows of ``A``, and scales by alpha / (r + 1e-5).
+``[d_out]``; the scale (alpha / r, or alpha / sqrt(r)) stands in the config. AdaLoRA (Zhang et al., arXiv 2303.10512)
+adds ``lora_E`` ``[r, 1]``, which multiplies the rows of ``A``, and scales by alpha / (r + 1e-5).
 
 In a graph: two products beside the base's, and an addition. Ports ``lora_A`` and ``lora_B``; ``shift`` for the bias.
 
@@ -58,9 +58,7 @@ def paired(tensors: Mapping[str, Array], first: str) -> tuple[Array, Array]:
         raise ValueError(f"its {missing[0]} is missing; the file has {', '.join(sorted(tensors))}")
     a, b = tensors[first], tensors[second]
     if a.ndim < 2 or b.ndim < 2 or len(a) != b.shape[1]:
-        raise ValueError(
-            f"the ranks differ, expected [r, d_in] and [d_out, r]; {first} is {a.shape}, {second} {b.shape}"
-        )
+        raise ValueError(f"expected [r, d_in] and [d_out, r] of one rank; {first} is {a.shape}, {second} is {b.shape}")
     if a.dtype != b.dtype:
         raise ValueError(f"{first} is {a.dtype}, {second} is {b.dtype}")
     return a, b

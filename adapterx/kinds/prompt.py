@@ -1,9 +1,9 @@
-"""Prompt tuning, P-tuning and prefix tuning: trained vectors in front of the tokens, or of each layer's keys and values.
+"""Prompt tuning, P-tuning, prefix tuning: trained vectors in front of the tokens, or of each layer's keys and values.
 
 Lester et al., arXiv 2104.08691; Liu et al., arXiv 2103.10385; Li and Liang, arXiv 2101.00190.
 
-In a PEFT file: ``prompt_embeddings``, ``[n_virtual, hidden]`` or, for a prefix, ``[n_virtual, 2 * layers * kv_width]``. What an MLP
-computed them from during training is not in the file.
+In a PEFT file: ``prompt_embeddings``, ``[n_virtual, hidden]`` or, for a prefix, ``[n_virtual, 2 * layers *
+kv_width]``. What an MLP computed them from during training is not in the file.
 
 In a graph: a constant that is repeated over the batch. Port ``prompt``, the same tensor, of a fixed number of virtual
 tokens: positions and masks in the graph were computed for it. There is no base without it, so it must be fed; and a

@@ -1,4 +1,4 @@
-"""Modules trained in full beside the adapter (PEFT's ``modules_to_save``), and biases trained in full (``bias="lora_only"``).
+"""Modules (PEFT's ``modules_to_save``) and biases (``bias="lora_only"``) that were trained in full beside an adapter.
 
 In a PEFT file: the whole ``weight`` and ``bias`` of the module under their own names; a bias of an adapted layer under
 ``base_layer.bias``.
@@ -7,8 +7,8 @@ In a graph: the module's own operation, with the trained weight. What the base h
 extracted model gets a weight and bias of zeros there, and the site must be fed: without an adapter there is no
 base to run. In a model that sites were put into, the base is there, and no adapter is needed.
 
-The ports are those of LoRA at full rank, ``min(d_in, d_out)``, which is small for a classifier's head, and ``shift``: the
-change from the graph's weight and bias to the trained ones (:func:`lowered`). Only linear and embedding modules.
+The ports are those of LoRA at full rank, ``min(d_in, d_out)``, which is small for a classifier's head, and ``shift``:
+the change from the graph's weight and bias to the trained ones (:func:`lowered`). Only linear and embedding modules.
 
 In a mixed batch: as LoRA, each row with its own head.
 """

@@ -1,11 +1,12 @@
 """VeRA: ``W + diag(lambda_b) @ B @ diag(lambda_d) @ A``, A and B random and shared by all sites (arXiv 2310.11454).
 
-In a PEFT file: ``vera_lambda_d`` ``[r]`` and ``vera_lambda_b`` ``[d_out]`` a site; ``base_model.vera_A`` ``[r, widest d_in]`` and
-``base_model.vera_B`` ``[widest d_out, r]`` once, of which a site uses the first columns and rows. A file without the two
-(``save_projection=False``) holds the seed of a random generator in their place and is refused.
+In a PEFT file: ``vera_lambda_d`` ``[r]`` and ``vera_lambda_b`` ``[d_out]`` a site; ``base_model.vera_A`` ``[r, widest
+d_in]`` and ``base_model.vera_B`` ``[widest d_out, r]`` once, of which a site uses the first columns and rows. A file
+without the two (``save_projection=False``) holds the seed of a random generator in their place and is refused.
 
-In a graph: ``MatMul(A) -> Mul(lambda_d) -> MatMul(B) -> Mul(lambda_b)``. Each site gets the ports of plain LoRA, with the
-lambdas multiplied in: exact, but the sites no longer share A and B, so an adapter takes as much memory as LoRA of that rank.
+In a graph: ``MatMul(A) -> Mul(lambda_d) -> MatMul(B) -> Mul(lambda_b)``. Each site gets the ports of plain LoRA, with
+the lambdas multiplied in: exact, but the sites no longer share A and B, so an adapter takes as much memory as LoRA of
+that rank.
 
 In a mixed batch: as LoRA.
 """
