@@ -11,7 +11,9 @@ MLP, NORMED = ("fc1", "fc2", "head"), ("up", "down")
 BIASED = (("lora_bias", True),)
 WITH_BIASES = (("bias", "lora_only"),)
 SAVED = (("modules_to_save", ["classifier"]),)
-GROUPED = (("r", 6),)
+GROUPED, GROUPED_C = (("r", 6),), (("r", 8), ("lora_alpha", 12))
+BY_FOUR = (("decompose_factor", 4),)
+SLICED = "the shared projections are as large as the largest module"
 
 
 def _both(*cases: Case) -> Iterable[Case]:
@@ -34,5 +36,20 @@ KINDS = (
         Case("saved", "bert_classifier", Lora(("query", "value"), extra=SAVED), kind="saved"),
         Case("bias", "mlp", Lora(MLP, extra=WITH_BIASES), kind="bias"),
         Case("bias_normed", "normed", Lora(NORMED, extra=WITH_BIASES), kind="bias"),
+        Case("dora_llama", "llama_short", Lora(("q_proj", "v_proj", "down_proj"), kind="dora"), kind="dora"),
+        Case("conv1d", "signals", Lora(("conv1", "conv2", "conv3"), extra=GROUPED, extra_c=GROUPED_C), kind="conv"),
+        Case("conv3d", "volumes", Lora(("conv1", "conv2")), kind="conv"),
+        Case("vera", "llama_short", Lora(("q_proj", "o_proj"), kind="vera"), kind="vera"),
+        Case("vera_mlp", "mlp", Lora(MLP, kind="vera"), kind="vera", note=SLICED),
+        Case("loha", "mlp", Lora(MLP, kind="loha"), kind="loha"),
+        Case("loha_normed", "normed", Lora(NORMED, kind="loha"), kind="loha"),
+        Case("adalora_normed", "normed", Lora(NORMED, kind="adalora"), kind="adalora"),
+        Case("prompt", "llama_short", Lora((), kind="prompt", task_type="CAUSAL_LM"), kind="prompt"),
+        Case("prefix", "llama_short", Lora((), kind="prefix", task_type="CAUSAL_LM"), kind="prefix"),
     ),
+    Case("dy_lokr", "mlp", Lora(MLP, kind="lokr"), "dynamo", kind="lokr"),
+    Case("dy_lokr_normed", "normed", Lora(NORMED, kind="lokr", extra=BY_FOUR), "dynamo", kind="lokr"),
+    Case("dy_lokr_both", "mlp", Lora(MLP, r=2, kind="lokr", extra=(("decompose_both", True),)), "dynamo", kind="lokr"),
+    Case("ts_dora_llama_ort_basic", source="ts_dora_llama", post=("ort_basic",), kind="dora"),
+    Case("dy_dora_llama_ort_basic", source="dy_dora_llama", post=("ort_basic",), needs_adapter=True, kind="dora"),
 )
