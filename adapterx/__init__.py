@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from adapterx import errors as errors
     from adapterx.adapter import Adapter as Adapter
     from adapterx.adapter import LowRank as LowRank
-    from adapterx.combine import combine as combine
+    from adapterx.combination import combine as combine
     from adapterx.convert import convert_adapter as convert_adapter
     from adapterx.errors import AdapterxError as AdapterxError
     from adapterx.errors import FeedError as FeedError
@@ -80,7 +80,7 @@ _HOMES = {
     "Extraction": "adapterx.graph.extract",
     "LowRank": "adapterx.adapter",
     "Verification": "adapterx.verify",
-    "combine": "adapterx.combine",
+    "combine": "adapterx.combination",
     "convert_adapter": "adapterx.convert",
     "extract_adapters": "adapterx.graph.extract",
     "find_sites": "adapterx.graph.sites",

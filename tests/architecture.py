@@ -32,7 +32,7 @@ BOTTOM = frozenset(
     }
 )
 # The algebra of adapters lies beside their kinds: it knows no file, graph or runtime.
-ALGEBRA = frozenset({"combine", "truncation"})
+ALGEBRA = frozenset({"combination", "truncation"})
 # What may be imported by whom. A server that is given a ready model has no use for graph, hence runtime -> graph is
 # missing. The door (the package itself, cli, convert, verify) imports everything, and nothing imports the door.
 LAYERS: Mapping[str, frozenset[str]] = {

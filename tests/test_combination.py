@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import adapterx as ax
 from adapterx.adapter import GAIN, INPUT_GAIN, MAGNITUDE, SHIFT, Adapter, LowRank
-from adapterx.combine import combine
+from adapterx.combination import combine
 from adapterx.truncation import truncated, truncated_adapter
 
 
