@@ -166,4 +166,6 @@ def _lora(tensors: Mapping[str, Array], settings: PeftSettings, scale: lora.Scal
     if settings.dora and not any(key in tensors for key in dora.KEYS):
         raise ValueError("use_dora is set, but it has no lora_magnitude_vector")
     is_conv = "lora_A.weight" in tensors and tensors["lora_A.weight"].ndim > 2
-    return (dora if settings.dora else conv if is_conv else lora).read(tensors, scale)
+    if settings.dora:
+        return dora.read(tensors, scale)
+    return conv.read(tensors, scale) if is_conv else lora.read(tensors, scale)

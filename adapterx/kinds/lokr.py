@@ -39,7 +39,7 @@ def read(tensors: Mapping[str, Array], scale: Scale) -> LowRank:
 
 
 def _factors(tensors: Mapping[str, Array], name: str) -> tuple[Array, Array]:
-    """Left ``[o, k]`` and right ``[k, i, *kernel]`` factor of ``w1`` or ``w2``, with the smallest ``k`` that is exact."""
+    """Left ``[o, k]`` and right ``[k, i, *kernel]`` factor of ``w1`` or ``w2``, ``k`` as small as is exact."""
     whole = tensors.get(name)
     if whole is None:
         left, right = tensors.get(f"{name}_a"), tensors.get(f"{name}_b")
