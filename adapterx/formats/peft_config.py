@@ -141,7 +141,21 @@ def read(file: FileBytes, limits: Limits) -> PeftSettings:
     if file.size > limits.config_bytes:
         raise FormatError(f"{file.path}: {file.size:,} bytes, a config of over {limits.config_bytes:,} is not read")
     raw = json_object(file.whole().tobytes(), where=str(file.path), depth=limits.json_depth)
-    faults = Faults(str(file.path))
+    return settings_of(raw, limits, where=str(file.path))
+
+
+def settings_of(raw: Mapping[str, Any], limits: Limits, *, where: str) -> PeftSettings:
+    """What a config that has been parsed says.
+
+    Args:
+        raw: its keys
+        limits: for ranks and numbers of patterns
+        where: its name for messages
+
+    Raises:
+        FormatError: keys whose values cannot be, all at once.
+    """
+    faults = Faults(where)
     kind = raw.get("peft_type")
     if not isinstance(kind, str):
         faults.add("peft_type", f'expected "LORA", got {_shown(kind)}')

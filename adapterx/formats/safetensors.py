@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,24 +67,31 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Raises:
         FormatError: an element type that the format does not have, or a rank of 0.
     """
-    tensors = sorted(tensors_to_write(adapter.sites, str(path)), key=lambda named: (-named[1].dtype.itemsize, named[0]))
     kept = {key: adapter.metadata[key] for key in sorted(adapter.metadata) if key not in _NOT_WRITTEN}
-    header: dict[str, Any] = {"__metadata__": {"format": MARK, "format_version": VERSION, **kept}}
+    tensors = tensors_to_write(adapter.sites, str(path))
+    atomic_write(path, pieces(tensors, {"format": MARK, "format_version": VERSION, **kept}))
+
+
+def pieces(tensors: Iterable[tuple[str, Array]], metadata: Mapping[str, str]) -> Iterator[Buffer]:
+    """A safetensors file, piece by piece: the tensors by falling element size, then by name.
+
+    Args:
+        tensors: C-contiguous, of types in :data:`adapterx.formats.dtypes.TYPES`
+        metadata: what the file says of itself
+    """
+    ordered = sorted(tensors, key=lambda named: (-named[1].dtype.itemsize, named[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, array in tensors:
+    for name, array in ordered:
         code = BY_DTYPE[array.dtype].safetensors
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # The data begins at a multiple of 8, so that a mapped file can be used as it lies.
     text += b" " * (-len(text) % 8)
-
-    def pieces() -> Iterator[Buffer]:
-        yield struct.pack("<Q", len(text)) + text
-        for _, array in tensors:
-            yield array.reshape(-1).view(np.uint8).data
-
-    atomic_write(path, pieces())
+    yield struct.pack("<Q", len(text)) + text
+    for _, array in ordered:
+        yield array.reshape(-1).view(np.uint8).data
 
 
 def _header(file: FileBytes, limits: Limits) -> tuple[int, dict[str, Any]]:
