@@ -110,20 +110,56 @@ def copy_file(source: str | os.PathLike[str], target: str | os.PathLike[str], *,
     with Path(source).open("rb", buffering=0) as origin, replacing(target) as copy:
         total = os.fstat(origin.fileno()).st_size
         with progress(description, total) as advance:
-            for step in _copied(origin, copy, total):
+            for step in _copied(origin, copy, 0, total, 0):
                 advance(step)
 
 
-def _copied(origin: RawIOBase, copy: BinaryIO, total: int) -> Iterator[int]:
-    """Copy ``total`` bytes, in the kernel where it can (which also shares blocks); yield the size of each step."""
+@contextlib.contextmanager
+def copy_around(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    holes: Iterable[tuple[int, int]],
+    *,
+    advance: Callable[[int], object],
+    shift: int = 0,
+) -> Iterator[BinaryIO]:
+    """A copy of a file of any size in which some ranges are still to be written, by the block, anywhere in them.
+
+    What the block writes beyond the end makes the file longer. The file takes the place of ``target`` when the block
+    ends without an error.
+
+    Args:
+        source: a regular file
+        target: replaced
+        holes: ``(first, last)`` bytes of the source that are not copied
+        advance: called with the bytes just copied
+        shift: how much further from the start the copied bytes will lie
+
+    Raises:
+        OSError: as :func:`copy_file`.
+    """
+    with Path(source).open("rb", buffering=0) as origin, replacing(target) as copy:
+        end = os.fstat(origin.fileno()).st_size
+        at = 0
+        for first, last in [*sorted(holes), (end, end)]:
+            for step in _copied(origin, copy, at, first, shift):
+                advance(step)
+            at = max(at, last)
+        yield copy
+
+
+def _copied(origin: RawIOBase, copy: BinaryIO, done: int, end: int, shift: int) -> Iterator[int]:
+    """Copy bytes to ``shift`` beyond where they were, in the kernel where it can (which also shares blocks).
+
+    Yields the size of each step.
+    """
     in_kernel = hasattr(os, "copy_file_range")
-    done = 0
-    while done < total:
-        step = min(_COPY_STEP, total - done)
+    while done < end:
+        step = min(_COPY_STEP, end - done)
         moved = 0
         if in_kernel:
             try:
-                moved = os.copy_file_range(origin.fileno(), copy.fileno(), step, done, done)
+                moved = os.copy_file_range(origin.fileno(), copy.fileno(), step, done, done + shift)
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise
@@ -131,9 +167,9 @@ def _copied(origin: RawIOBase, copy: BinaryIO, total: int) -> Iterator[int]:
             in_kernel = moved > 0
         if not in_kernel:
             origin.seek(done)
-            copy.seek(done)
+            copy.seek(done + shift)
             moved = copy.write(origin.read(step) or b"")
         if not moved:
-            raise OSError(errno.EIO, f"the file became shorter during the copy: {done} of {total} bytes")
+            raise OSError(errno.EIO, f"the file became shorter during the copy: {done} of {end} bytes")
         done += moved
         yield moved

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapterx import atomic
-from adapterx.atomic import atomic_write, copy_file
+from adapterx.atomic import atomic_write, copy_around, copy_file
 from adapterx.progress import progress
 
 
@@ -111,3 +111,25 @@ def test_progress_is_silent_where_nobody_watches(capfd: pytest.CaptureFixture[st
     with progress("copying", 10) as advance:
         advance(10)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+@pytest.mark.parametrize("shift", [0, 5])
+def test_a_copy_around_holes_leaves_them_to_the_caller(tmp_path, monkeypatch, in_kernel, shift):
+    if not in_kernel:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    monkeypatch.setattr(atomic, "_COPY_STEP", 7)
+    content = bytes(range(100))
+    (tmp_path / "old").write_bytes(content)
+    seen = []
+    holes = [(90, 100), (0, 3), (40, 60)]
+    with copy_around(tmp_path / "old", tmp_path / "new", holes, advance=seen.append, shift=shift) as file:
+        for first, last in holes:
+            file.seek(first + shift)
+            file.write(b"\xff" * (last - first))
+    expected = bytearray(content)
+    for first, last in holes:
+        expected[first:last] = b"\xff" * (last - first)
+    assert (tmp_path / "new").read_bytes()[shift:] == expected
+    assert sum(seen) == 67
+    assert max(seen) <= 7
