@@ -142,4 +142,4 @@ def _weighted(array: Array, weight: float, dtype: np.dtype[Any], what: str) -> A
         return array.astype(dtype)
     wide = np.float64 if dtype == np.float64 else np.float32
     with np.errstate(over="ignore", invalid="ignore"):
-        return cast(array.astype(wide) * wide(weight), dtype, what)
+        return cast(np.multiply(array, weight, dtype=wide, casting="unsafe"), dtype, what)

@@ -1,0 +1,183 @@
+"""Writing PEFT folders: what ``peft.PeftModel.from_pretrained`` loads, with every scale at 1."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adapterx.adapter import (
+    ABSOLUTE,
+    GAIN,
+    INPUT_GAIN,
+    MAGNITUDE,
+    SHIFT,
+    WHOLE_BIAS,
+    WHOLE_WEIGHT,
+    Adapter,
+    Array,
+    LowRank,
+)
+from adapterx.atomic import Buffer, replacing
+from adapterx.formats import peft_config, safetensors
+from adapterx.formats.faults import Faults
+from adapterx.formats.flattened import is_flattened
+from adapterx.formats.peft import WEIGHTS
+from adapterx.formats.tensor_table import PREFIX, tensors_to_write
+
+# The last part of an embedding's path. Its tensors have names of their own in PEFT, and the matrices do not tell.
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in", "tok_embeddings", "shared")
+_GAINS = frozenset({GAIN, INPUT_GAIN})
+
+
+def write(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Every site is named in full in ``target_modules``, so PEFT adapts these modules and no others. ``r`` is the most
+    frequent rank; sites of another are in ``rank_pattern`` and ``alpha_pattern``, under patterns that fit their name
+    only. alpha is the rank everywhere, since the scale is inside ``lora_B``. A module whose last part is in
+    :data:`EMBEDDINGS` is written as an embedding's.
+
+    Args:
+        adapter: LoRA on linear, convolution and embedding layers, with or without biases of its own; DoRA; (IA)3; whole
+            weights and biases beside LoRA
+        folder: made if it is not there; other files in it stay
+
+    Raises:
+        FormatError: what one PEFT adapter cannot hold, by site: parts of several kinds, names that were flattened,
+            an element type that no file holds. Nothing is written.
+        OSError: no permission, disk full.
+    """
+    folder = Path(folder)
+    tensors = [name for name, _ in tensors_to_write(adapter.sites, str(folder))]
+    assert tensors, "an adapter has sites"
+    config = _config(adapter, str(folder))
+    new = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    try:
+        # Both are complete before either takes its place.
+        with replacing(folder / WEIGHTS) as weights, replacing(folder / peft_config.NAME) as text:
+            for piece in _weights(adapter, config):
+                weights.write(piece)
+            text.write(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+    except BaseException:
+        if new:
+            folder.rmdir()
+        raise
+
+
+def _weights(adapter: Adapter, config: Mapping[str, Any]) -> Iterator[Buffer]:
+    tensors = _ia3_tensors(adapter.sites) if config["peft_type"] == "IA3" else _lora_tensors(adapter.sites, config)
+    return safetensors.pieces(((PREFIX + name, np.ascontiguousarray(t)) for name, t in tensors), {"format": "pt"})
+
+
+def _config(adapter: Adapter, where: str) -> dict[str, Any]:
+    faults = Faults(where)
+    for site in adapter.sites:
+        if is_flattened(site):
+            faults.add(
+                site, "dots of its module path were replaced by underscores; convert it for a model that tells them"
+            )
+    parts = {name for change in adapter.sites.values() for name in change.parts}
+    kind = "IA3" if parts & _GAINS else "LORA"
+    for site, change in adapter.sites.items():
+        cause = _ia3_cause(change) if kind == "IA3" else _lora_cause(change, dora=MAGNITUDE in parts)
+        if cause:
+            faults.add(site, cause)
+    faults.refuse("this adapter is none that PEFT has", advice="Nothing was written. Write it as .safetensors.")
+    common = {
+        "base_model_name_or_path": adapter.metadata.get("base_model"),
+        "inference_mode": True,
+        "peft_type": kind,
+        "revision": adapter.metadata.get("revision"),
+        "task_type": adapter.metadata.get("task_type"),
+    }
+    return common | (_ia3_config(adapter.sites) if kind == "IA3" else _lora_config(adapter.sites, parts))
+
+
+def _lora_cause(change: LowRank, *, dora: bool) -> str:
+    if set(change.parts) - {SHIFT, *ABSOLUTE}:
+        return "a prompt, which stands in no PEFT adapter beside other sites"
+    if not change.rank and SHIFT in change.parts:
+        return "a shift without matrices, which PEFT does not know"
+    if change.rank and WHOLE_WEIGHT in change.parts:
+        return "a whole weight and matrices at one module"
+    if dora and change.rank and MAGNITUDE not in change.parts:
+        return "it has no magnitude, as other sites have; PEFT's use_dora is for all"
+    return "a magnitude and a shift at one module, which PEFT refuses" if dora and SHIFT in change.parts else ""
+
+
+def _ia3_cause(change: LowRank) -> str:
+    if change.rank or len(change.parts) != 1 or not _GAINS & change.parts.keys():
+        return f"not just one gain as in (IA)3, but {', '.join(name for name, _ in change.tensors())}"
+    return ""
+
+
+def _lora_config(sites: Mapping[str, LowRank], parts: Collection[str]) -> dict[str, Any]:
+    ranks = {site: change.rank for site, change in sites.items() if change.rank}
+    common = collections.Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    # PEFT matches the end of a name, so that "q" would fit "a.q" too; an anchor in front is respected.
+    others = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != common}
+    saved = [
+        site for site, change in sites.items() if not change.rank and set(change.parts) & {WHOLE_WEIGHT, WHOLE_BIAS}
+    ]
+    biases = any(WHOLE_BIAS in change.parts for change in sites.values() if change.rank)
+    return {
+        "alpha_pattern": others,
+        "bias": "lora_only" if biases else "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "lora_alpha": common,
+        "lora_bias": SHIFT in parts,
+        "lora_dropout": 0.0,
+        "modules_to_save": saved or None,
+        "r": common,
+        "rank_pattern": others,
+        "target_modules": sorted(ranks),
+        "use_dora": MAGNITUDE in parts,
+        "use_rslora": False,
+    }
+
+
+def _lora_tensors(sites: Mapping[str, LowRank], config: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
+    for site, change in sites.items():
+        if site.rpartition(".")[2] in EMBEDDINGS and change.rank:
+            yield f"{site}.lora_embedding_A", change.a
+            yield f"{site}.lora_embedding_B", change.b.T
+        elif change.rank:
+            yield f"{site}.lora_A.weight", change.a
+            yield f"{site}.lora_B.weight", change.b.T.reshape(*change.b.T.shape, *[1] * len(change.kernel))
+            if config["lora_bias"]:
+                zeros = np.zeros((1, change.d_out), change.dtype)
+                yield f"{site}.lora_B.bias", change.parts.get(SHIFT, zeros)[0]
+        if MAGNITUDE in change.parts:
+            yield f"{site}.lora_magnitude_vector", change.parts[MAGNITUDE].reshape(_magnitude_shape(change))
+        if WHOLE_WEIGHT in change.parts:
+            yield f"{site}.weight", change.parts[WHOLE_WEIGHT]
+        if WHOLE_BIAS in change.parts:
+            yield f"{site}.{'base_layer.' if change.rank else ''}bias", change.parts[WHOLE_BIAS][0]
+
+
+def _magnitude_shape(change: LowRank) -> tuple[int, ...]:
+    return (1, change.d_out, *[1] * len(change.kernel)) if change.kernel else (change.d_out,)
+
+
+def _ia3_config(sites: Mapping[str, LowRank]) -> dict[str, Any]:
+    return {
+        "feedforward_modules": sorted(site for site, change in sites.items() if INPUT_GAIN in change.parts),
+        "init_ia3_weights": True,
+        "target_modules": sorted(sites),
+    }
+
+
+def _ia3_tensors(sites: Mapping[str, LowRank]) -> Iterator[tuple[str, Array]]:
+    for site, change in sites.items():
+        [(name, part)] = change.parts.items()
+        vector = (part.astype(np.float32) + 1).astype(part.dtype)
+        yield f"{site}.ia3_l", vector if name == INPUT_GAIN else vector.T
