@@ -6,6 +6,7 @@ side does not know bfloat16.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import struct
@@ -17,7 +18,7 @@ import numpy as np
 from adapterx.adapter import Adapter, Array
 from adapterx.atomic import Buffer, atomic_write
 from adapterx.errors import FormatError
-from adapterx.formats.dtypes import BY_DTYPE, BY_SAFETENSORS, NAMES
+from adapterx.formats.dtypes import BY_DTYPE, BY_SAFETENSORS
 from adapterx.formats.faults import Faults
 from adapterx.formats.file_bytes import FileBytes
 from adapterx.formats.finite import all_finite
@@ -34,19 +35,29 @@ _ADVICE = "The file is broken: download or export it again."
 _Entry = tuple[str, np.dtype[Any], tuple[int, ...], int, int]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of its tensors.
+
+    Args:
+        start: where the data begins
+        entries: name, type, shape, begin and end (from ``start``) of each tensor, in the order of the data
+        metadata: what the file says of itself
+    """
+
+    start: int
+    entries: list[_Entry]
+    metadata: Mapping[str, str]
+
+
 def read(file: FileBytes, limits: Limits) -> TensorTable:
     """The tensors of a safetensors file, as views of the file's one buffer.
 
     Raises:
         FormatError: the header is no valid JSON, names a tensor twice, or does not account for each byte once.
     """
-    start, header = _header(file, limits)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"{file.path}: __metadata__ must map strings to strings; {_ADVICE}")
-    if len(header) > limits.tensors:
-        raise FormatError(f"{file.path}: the header names {len(header)} tensors, at most {limits.tensors} are read")
-    entries = _entries(file, header, limits, data_bytes=file.size - start)
+    found = header(file, limits)
+    start, entries = found.start, found.entries
     kinds = {dtype for _, dtype, _, _, _ in entries}
     finite = len(kinds) == 1 and file.filled == start
     for piece in file.advance(file.size):
@@ -57,8 +68,28 @@ def read(file: FileBytes, limits: Limits) -> TensorTable:
     arrays: dict[str, Array] = {
         name: np.ndarray(shape, dtype, buffer=data, offset=start + begin) for name, dtype, shape, begin, _ in entries
     }
-    layout: Layout = "rank_first" if metadata.get("format") == MARK else "by_shape"
-    return TensorTable(str(file.path), arrays, metadata, layout, finite)
+    layout: Layout = "rank_first" if found.metadata.get("format") == MARK else "by_shape"
+    return TensorTable(str(file.path), arrays, found.metadata, layout, finite)
+
+
+def header(file: FileBytes, limits: Limits, types: Mapping[str, np.dtype[Any]] = BY_SAFETENSORS) -> Header:
+    """The header, without the data.
+
+    Args:
+        file: read as far as the header goes
+        limits: number of tensors and dimensions are checked against them
+        types: element types that are taken, by their code
+
+    Raises:
+        FormatError: as :func:`read`.
+    """
+    start, raw = _parsed(file, limits)
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{file.path}: __metadata__ must map strings to strings; {_ADVICE}")
+    if len(raw) > limits.tensors:
+        raise FormatError(f"{file.path}: the header names {len(raw)} tensors, at most {limits.tensors} are read")
+    return Header(start, _entries(file, raw, limits, types, data_bytes=file.size - start), metadata)
 
 
 def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -94,7 +125,7 @@ def pieces(tensors: Iterable[tuple[str, Array]], metadata: Mapping[str, str]) ->
         yield array.reshape(-1).view(np.uint8).data
 
 
-def _header(file: FileBytes, limits: Limits) -> tuple[int, dict[str, Any]]:
+def _parsed(file: FileBytes, limits: Limits) -> tuple[int, dict[str, Any]]:
     """Where the data starts, and the parsed header."""
     prefix = file.head(8)
     if len(prefix) < 8:
@@ -108,13 +139,20 @@ def _header(file: FileBytes, limits: Limits) -> tuple[int, dict[str, Any]]:
     return 8 + length, json_object(text, where=f"{file.path} (header)")
 
 
-def _entries(file: FileBytes, header: Mapping[str, Any], limits: Limits, *, data_bytes: int) -> list[_Entry]:
+def _entries(
+    file: FileBytes,
+    header: Mapping[str, Any],
+    limits: Limits,
+    types: Mapping[str, np.dtype[Any]],
+    *,
+    data_bytes: int,
+) -> list[_Entry]:
     """Name, type, shape, begin and end of each tensor, in the order of the data."""
     faults = Faults(str(file.path))
     entries: list[_Entry] = []
     for name, entry in header.items():
         try:
-            entries.append((name, *_entry(entry, limits)))
+            entries.append((name, *_entry(entry, limits, types)))
         except ValueError as cause:
             faults.add(name, str(cause))
     entries.sort(key=lambda entry: entry[3:])
@@ -131,7 +169,9 @@ def _entries(file: FileBytes, header: Mapping[str, Any], limits: Limits, *, data
     return entries
 
 
-def _entry(entry: Any, limits: Limits) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+def _entry(
+    entry: Any, limits: Limits, types: Mapping[str, np.dtype[Any]]
+) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
     """Type, shape, begin and end; ValueError with the cause."""
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -144,9 +184,9 @@ def _entry(entry: Any, limits: Limits) -> tuple[np.dtype[Any], tuple[int, ...], 
     for number in (*shape, begin, end):
         if type(number) is not int or number < 0:
             raise ValueError(f"expected whole numbers that are not negative, got {number!r:.40}")
-    dtype = BY_SAFETENSORS.get(code)
+    dtype = types.get(code)
     if dtype is None:
-        raise ValueError(f"its element type is {code[:20]!r}, expected one of {', '.join(BY_SAFETENSORS)} ({NAMES})")
+        raise ValueError(f"its element type is {code[:20]!r}, expected one of {', '.join(types)}")
     expected = dtype.itemsize
     for size in shape:
         expected *= size
