@@ -12,15 +12,19 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from adapterx.graph.quantized_linear import any_linear
 from adapterx.graph.view import (
     MICROSOFT,
+    QUANTIZERS,
     SAME_ROWS,
     SAME_VALUE,
+    STANDARD,
     Linear,
     all_nodes,
     constant,
+    is_fixed,
     is_op,
-    linear,
+    is_static_quantizer,
     scaled,
     source,
     times,
@@ -46,6 +50,8 @@ class Branch:
         base_op: the operation that the branch runs beside; ``None`` when nothing that feeds the base reads ``x``
         refolded: rows were flattened above ``a`` and folded back before the join
         bias: a constant vector added to the delta (PEFT's ``lora_bias``), or ``None``
+        calibrated: what the factors make is put on a grid that was chosen before the run, by the exported adapter's
+            numbers (static quantization)
     """
 
     a: Linear
@@ -58,13 +64,12 @@ class Branch:
     base_op: ir.Node | None
     refolded: bool
     bias: ir.Value | None
+    calibrated: bool = False
 
     @property
     def x(self) -> ir.Value:
-        """What to feed the branch from: above a Dropout of training, and above a flattening that is undone later."""
-        x = self.a.node.inputs[0]
-        assert x is not None, "a linear node has its operand"
-        return _above(x, "Dropout", "Identity", *(SAME_ROWS if self.refolded else ()))
+        """What to feed the branch from: floats, above a Dropout of training and a flattening that is undone later."""
+        return _above(self.a.x, "Dropout", "Identity", *QUANTIZERS, *(SAME_ROWS if self.refolded else ()))
 
     @property
     def base(self) -> ir.Value:
@@ -98,30 +103,39 @@ class _Join:
 
 def find_branches(model: ir.Model) -> list[Branch]:
     """Every low-rank branch of ``model``, subgraphs included, in graph order. Nothing is changed."""
-    linears = {node: matched for node in all_nodes(model) if (matched := linear(node)) is not None}
-    factors = {node: pair for node, b in linears.items() if (pair := _factor_before(b, linears)) is not None}
-    heads = {a.node for a, _ in factors.values()}
+    linears = [matched for node in all_nodes(model) if (matched := any_linear(node)) is not None]
+    by_output = {one.output: one for one in linears}
+    factors = [(*pair, b) for b in linears if (pair := _factor_before(b, by_output)) is not None]
+    heads = {a.node for a, _, _ in factors}
     found: list[Branch] = []
-    for node, (a, inner) in factors.items():
-        b = linears[node]
+    for a, inner, b in factors:
         join = _descend(b)
         if join is None:
             continue
         scale = a.factor * inner * b.factor * join.factor
         base_op = _base_operation(join, source(a.x), heads)
-        found.append(
-            Branch(
-                a, b, scale, join.node, join.base_slot, join.delta_slot, join.delta, base_op, join.reshaped, join.bias
-            )
-        )
+        calibrated = _calibrated(b.x, a.output) or (join.delta is not None and _calibrated(join.delta, b.output))
+        where = (join.node, join.base_slot, join.delta_slot, join.delta)
+        found.append(Branch(a, b, scale, *where, base_op, join.reshaped, join.bias, calibrated))
     return found
+
+
+def _calibrated(value: ir.Value, top: ir.Value) -> bool:
+    """Whether a static quantizer lies on the way from ``value`` up to ``top``."""
+    while value is not top:
+        node = value.producer()
+        assert node is not None, "the way was gone before"
+        if is_static_quantizer(node):
+            return True
+        value = next(operand for operand in node.inputs if operand is not None and not is_fixed(operand))
+    return False
 
 
 def embedding_joins(model: ir.Model) -> list[str]:
     """Names of nodes where ``Gather(A, ids) @ B`` is added to what the base gathers for the same ``ids``."""
     names = []
     for node in all_nodes(model):
-        b = linear(node)
+        b = any_linear(node)
         table = None if b is None else scaled(b.x)[0].producer()
         join = None if b is None or not is_op(table, "Gather") else _descend(b)
         if join is None or table is None or table.inputs[1] is None or constant(table.inputs[0]) is None:
@@ -132,11 +146,10 @@ def embedding_joins(model: ir.Model) -> list[str]:
     return names
 
 
-def _factor_before(b: Linear, linears: dict[ir.Node, Linear]) -> tuple[Linear, float] | None:
+def _factor_before(b: Linear, by_output: dict[ir.Value, Linear]) -> tuple[Linear, float] | None:
     """The linear that feeds ``b`` and the factor between them, when their ranks agree."""
     value, factor = scaled(b.x)
-    producer = value.producer()
-    a = None if producer is None else linears.get(producer)
+    a = by_output.get(value)
     if a is None or a.addend is not None or a.d_out != b.d_in:
         return None
     return a, factor
@@ -146,11 +159,11 @@ def _descend(b: Linear) -> _Join | None:
     """From ``b`` down to where its result is added to something that depends on the run."""
     bias, factor, reshaped = None, 1.0, False
     if b.addend is not None:
-        if constant(b.addend) is None:
+        if not is_fixed(b.addend):
             # Gemm(low, B, C=base): the optimizer made the addition part of B. A scaled base is not ours to take.
             return _Join(b.node, 2, None, None, 1.0, False, None) if b.addend_factor == 1.0 else None
         bias = b.addend
-    value = b.node.outputs[0]
+    value = b.output
     while True:
         uses = value.uses()
         if len(uses) != 1 or value.is_graph_output():
@@ -158,9 +171,11 @@ def _descend(b: Linear) -> _Join | None:
         node, slot = next(iter(uses))
         if is_op(node, *SAME_VALUE, *SAME_ROWS) and slot == 0:
             reshaped = reshaped or is_op(node, *SAME_ROWS)
+        elif is_static_quantizer(node) and slot == 0:
+            pass
         elif (step := times(node)) is not None:
             factor *= step[1]
-        elif is_op(node, "Add") and constant(node.inputs[1 - slot]) is not None:
+        elif is_op(node, "Add") and is_fixed(node.inputs[1 - slot]):
             bias = node.inputs[1 - slot]
         else:
             return _join_at(node, slot, value, factor=factor, reshaped=reshaped, bias=bias)
@@ -174,7 +189,7 @@ def _join_at(
         return _Join(node, 1 - slot, slot, delta, factor, reshaped, bias)
     if is_op(node, *SKIP_NORMS, domain=(MICROSOFT,)) and slot in {0, 1}:
         return _Join(node, 1 - slot, slot, delta, factor, reshaped, bias)
-    host = linear(node)
+    host = any_linear(node) if is_op(node, "Gemm", "FusedGemm", domain=(*STANDARD, MICROSOFT)) else None
     if host is not None and slot == 2:
         # C of a Gemm: base and addition are one node; the base operand is the product itself (no slot of its own).
         return _Join(node, 0, 2, delta, factor * host.addend_factor, reshaped, bias)
@@ -182,7 +197,10 @@ def _join_at(
 
 
 def _above(value: ir.Value, *op_types: str) -> ir.Value:
-    while is_op(node := value.producer(), *op_types) and node is not None and node.inputs[0] is not None:
+    anywhere = (*STANDARD, MICROSOFT)
+    while (
+        is_op(node := value.producer(), *op_types, domain=anywhere) and node is not None and node.inputs[0] is not None
+    ):
         value = node.inputs[0]
     return value
 
@@ -190,7 +208,7 @@ def _above(value: ir.Value, *op_types: str) -> ir.Value:
 def _base_operation(join: _Join, x: ir.Value, heads: set[ir.Node]) -> ir.Node | None:
     """The nearest operation above the join's base that reads ``x`` and is not the first factor of a branch."""
     if join.delta_slot == 2:
-        host = linear(join.node)
+        host = any_linear(join.node)
         return join.node if host is not None and source(host.x) is x else None
     base = join.node.inputs[join.base_slot]
     queue = deque(_producers(base) if base is not None else ())
@@ -216,4 +234,6 @@ def _producers(value: ir.Value) -> Iterator[ir.Node]:
 
 def _computes(node: ir.Node) -> bool:
     """Whether a node has weights or works on two operands, and so can be what an adapter sits beside."""
+    if is_op(node, *QUANTIZERS, domain=(*STANDARD, MICROSOFT)):
+        return False
     return not is_op(node, *SAME_VALUE, *SAME_ROWS, "Transpose", "Add", "Mul", "Div", "Shape")

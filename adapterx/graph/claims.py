@@ -15,11 +15,15 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from adapterx.graph.branches import Branch
-from adapterx.graph.view import MICROSOFT, SAME_ROWS, SAME_VALUE, STANDARD, Linear, constant, is_op, linear
+from adapterx.graph.quantized_linear import any_linear
+from adapterx.graph.quantizer_names import unquantized
+from adapterx.graph.view import MICROSOFT, QUANTIZERS, SAME_ROWS, SAME_VALUE, STANDARD, Linear, is_fixed, is_op
 from adapterx.site import NameSource
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+# torch.export's word, among the scopes, for operations that it made outside any module.
+NO_MODULE = "_empty_nn_module_stack"
 
 Side = str
 
@@ -69,12 +73,15 @@ def claims_of(branch: Branch) -> Iterator[Claim]:
 def parse_tensor_name(name: str) -> tuple[str, str, str] | None:
     """``(module, side, adapter)`` of a LoRA weight's name, side ``"A"`` or ``"B"``; ``None`` when it is not one.
 
+    What a quantizer appended is no part of the name.
+
     Example:
         >>> parse_tensor_name("m.base_model.model.fc.lora_A.default.weight")
         ('m.base_model.model.fc', 'A', 'default')
         >>> parse_tensor_name("model.layers.0.attn.q_proj.lora_B.MatMul.weight")
         ('model.layers.0.attn.q_proj', 'B', '')
     """
+    name = unquantized(name)
     found = _TENSOR.match(name) or _DIFFUSERS.match(name)
     if found is None:
         return None
@@ -134,30 +141,31 @@ def _by_name_scopes(factor: Linear, side: Side) -> Claim | None:
 
 def _by_base(branch: Branch) -> Claim | None:
     """PEFT's word for what it wraps, in the names of the base's weight and bias, which tools leave alone longest."""
-    base = None if branch.base_op is None else linear(branch.base_op)
-    for value in (*(() if base is None else chain(base)), *_addends(branch)):
-        found = _BASE_TENSOR.match(value.name or "")
+    base = None if branch.base_op is None else any_linear(branch.base_op)
+    for value in (*(() if base is None else chain(base)), *_addends(branch, base)):
+        found = _BASE_TENSOR.match(unquantized(value.name or ""))
         if found is not None:
             return Claim("initializer", found["module"], "", value)
     return None
 
 
-def _addends(branch: Branch) -> Iterator[ir.Value]:
+def _addends(branch: Branch, base: Linear | None) -> Iterator[ir.Value]:
     """Constants that are added to what the base operation makes, on the way to the join."""
     if branch.base_op is None:
         return
-    if is_op(branch.base_op, "Gemm", "FusedGemm", domain=(*STANDARD, MICROSOFT)):
-        yield from (value for value in branch.base_op.inputs[2:3] if value is not None)
+    # A bias that is all zero counts: it has a name like any other.
+    yield from (value for value in branch.base_op.inputs[2:] if is_fixed(value) and value is not None)
+    last = branch.base_op if base is None else base.output.producer()
     node = None if branch.base_op is branch.join else branch.base.producer()
-    while node is not None and node is not branch.base_op:
+    while node is not None and node is not last:
         operands = [value for value in node.inputs if value is not None]
         if is_op(node, "Add"):
-            fixed = [value for value in operands if constant(value) is not None]
+            fixed = [value for value in operands if is_fixed(value)]
             if len(fixed) != 1:
                 return
             yield fixed[0]
             operands.remove(fixed[0])
-        elif not is_op(node, *SAME_VALUE, *SAME_ROWS):
+        elif not is_op(node, *SAME_VALUE, *SAME_ROWS, *QUANTIZERS, domain=(*STANDARD, MICROSOFT)):
             return
         node = operands[0].producer()
 
@@ -192,7 +200,7 @@ def base_layer_depth(parts: list[str]) -> int:
 
 
 def _parts(node: ir.Node) -> list[str]:
-    return path_parts(node.name or "")
+    return path_parts(unquantized(node.name or ""))
 
 
 def path_parts(name: str) -> list[str]:

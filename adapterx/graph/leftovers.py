@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -20,24 +20,38 @@ _MARK = re.compile(
 _NUMBERED = re.compile(r"_\d+$")
 
 
-def leftovers(model: ir.Model, found: Iterable[tuple[Branch, AdapterSite]], paths: Paths) -> tuple[str, ...]:
-    """One line for each thing that belongs to an adapter and is not one of the ``found`` low-rank linear sites."""
+def leftovers(
+    model: ir.Model,
+    found: Iterable[tuple[Branch, AdapterSite]],
+    paths: Paths,
+    theirs: Collection[ir.Node] = (),
+) -> tuple[str, ...]:
+    """One line for each thing that belongs to an adapter and is no site.
+
+    Args:
+        model: looked at
+        found: low-rank linear sites
+        paths: of the model
+        theirs: nodes that belong to sites of other kinds
+    """
     pairs = list(found)
-    biased = [f"{site.name}: lora_bias (a constant is added after B)" for b, site in pairs if b.bias is not None]
+    joins = {node.name or node.outputs[0].name for node in theirs}
     embedded = [f"node {name!r}: an embedding with a low-rank branch" for name in embedding_joins(model)]
-    return (*biased, *_marked(model, pairs), *embedded, *_wrapped_or_tuned(model, pairs, paths))
+    embedded = [line for line in embedded if not any(repr(name) in line for name in joins)]
+    return (*_marked(model, pairs, theirs), *embedded, *_wrapped_or_tuned(model, pairs, paths, theirs))
 
 
-def _marked(model: ir.Model, found: list[tuple[Branch, AdapterSite]]) -> list[str]:
+def _marked(model: ir.Model, found: list[tuple[Branch, AdapterSite]], theirs: Collection[ir.Node]) -> list[str]:
     """Names of constants in use, or of what they were folded from, that speak of an adapter."""
-    taken = {factor.weight.root for branch, _ in found for factor in (branch.a, branch.b)}
+    taken = {value for branch, _ in found for factor in (branch.a, branch.b) for value in factor.weight.values}
     taken |= {value for b, _ in found for factor in (b.a, b.b) if (value := factor.node.inputs[1]) is not None}
     taken |= {branch.bias for branch, _ in found if branch.bias is not None}
     marks = set()
     for value in _constants(model):
         names = [value.name or "", *listed(value.metadata_props.get(FOLDED_FROM))]
         spoken = next((name for name in names if _MARK.search(name)), None)
-        if spoken is not None and value not in taken and (value.uses() or value.is_graph_output()):
+        used = value.is_graph_output() or any(use.node not in theirs for use in value.uses())
+        if spoken is not None and value not in taken and used:
             marks.add(spoken)
     return sorted(marks)
 
@@ -50,11 +64,13 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
                 yield node.outputs[0]
 
 
-def _wrapped_or_tuned(model: ir.Model, found: list[tuple[Branch, AdapterSite]], paths: Paths) -> list[str]:
+def _wrapped_or_tuned(
+    model: ir.Model, found: list[tuple[Branch, AdapterSite]], paths: Paths, theirs: Collection[ir.Node]
+) -> list[str]:
     """Modules that PEFT wrapped or trained in full, by node paths and scopes, beside which no branch was found."""
     nodes = {node for b, _ in found for node in (b.a.node, b.b.node, b.base_op, b.join) if node is not None}
     adapters = {site.adapter for _, site in found if site.adapter}
-    known = {module for node in nodes for module, _ in _modules(node, adapters)}
+    known = {module for node in (*nodes, *theirs) for module, _ in _modules(node, adapters)}
     lines: dict[str, str] = {}
     for node in all_nodes(model):
         for module, what in _modules(node, adapters):

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 
 from adapterx.errors import ModelError
 from adapterx.external_data import check_external_data, external_tensors
+from adapterx.graph.quantizer_names import unquantized
 from adapterx.graph.view import MICROSOFT, STANDARD
 from adapterx.graph.weights import moved
 from adapterx.manifest import manifest_of
@@ -86,10 +87,22 @@ def _deserialized(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir
         model = ir.from_proto(proto)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{where} cannot be read as an ONNX model ({error})") from None
+    _keep_what_was_said(model, proto)
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
         _through_links(model, folder)
     return model
+
+
+def _keep_what_was_said(model: ir.Model, proto: onnx.ModelProto) -> None:
+    """Let codes have the metadata of the weight that they stand for.
+
+    Quantizers leave the metadata under the name of the tensor that they took out, where ``onnx_ir`` does not see it.
+    """
+    said = {info.name: {e.key: e.value for e in info.metadata_props} for info in proto.graph.value_info}
+    for name, value in model.graph.initializers.items():
+        if (before := unquantized(name)) != name:
+            value.metadata_props.update(said.get(before, {}))
 
 
 def _input_casts_first(proto: onnx.ModelProto) -> onnx.ModelProto | None:

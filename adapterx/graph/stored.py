@@ -21,6 +21,7 @@ _INTEGERS = frozenset(
 )
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _BYTE = 8
+_OF_INTEGERS = ("MatMulInteger", "ConvInteger")
 
 
 def base_weight_of(op: ir.Node) -> BaseWeight | None:
@@ -250,9 +251,9 @@ def _integer(op: ir.Node) -> BaseWeight | None:
     inputs = [*op.inputs, None, None, None, None]
     form: Form = "in_out"
     if is_op(op, "MatMulInteger"):
-        weight, zero, scale = inputs[1], inputs[3], _scale_after(op)
+        weight, zero, scale = inputs[1], inputs[3], dequantized_product(op).scale
     elif is_op(op, "ConvInteger"):
-        weight, zero, scale, form = inputs[1], inputs[3], _scale_after(op), "conv"
+        weight, zero, scale, form = inputs[1], inputs[3], dequantized_product(op).scale, "conv"
     elif is_op(op, "DynamicQuantizeMatMul", domain=(MICROSOFT,)):
         weight, scale, zero = inputs[1:4]
     elif is_op(op, "MatMulIntegerToFloat", domain=(MICROSOFT,)):
@@ -269,19 +270,32 @@ def _integer(op: ir.Node) -> BaseWeight | None:
     return found if fits else None
 
 
-def _scale_after(op: ir.Node) -> ir.Value | None:
-    """The one constant among the factors that the product is multiplied with: ``product * (x_scale * w_scale)``."""
-    factors: list[ir.Value] = []
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """What a product of integers becomes as floats: ``product * (x_scale * weight_scale)``.
+
+    Args:
+        output: the floats
+        scale: the constant one of the factors, ``None`` where there is none
+    """
+
+    output: ir.Value
+    scale: ir.Value | None
+
+
+def dequantized_product(op: ir.Node) -> Product:
+    """The floats below ``op``; its own output where it multiplies floats."""
     value = op.outputs[0]
-    while len(uses := list(value.uses())) == 1:
+    while is_op(op, *_OF_INTEGERS) and len(uses := list(value.uses())) == 1:
         node = uses[0].node
         if is_op(node, "Mul"):
-            factors += _factors(node.inputs[1 - uses[0].idx])
+            constants = [one for one in _factors(node.inputs[1 - uses[0].idx]) if constant(one) is not None]
+            if constants:
+                return Product(node.outputs[0], constants[0] if len(constants) == 1 else None)
         elif not is_op(node, "Cast"):
             break
         value = node.outputs[0]
-    constants = [factor for factor in factors if constant(factor) is not None]
-    return constants[0] if len(constants) == 1 else None
+    return Product(op.outputs[0], None)
 
 
 def _factors(value: ir.Value | None) -> list[ir.Value]:
