@@ -52,6 +52,7 @@ class Branch:
         bias: a constant vector added to the delta (PEFT's ``lora_bias``), or ``None``
         calibrated: what the factors make is put on a grid that was chosen before the run, by the exported adapter's
             numbers (static quantization)
+        bias_scale: what ``bias`` is multiplied with before the join
     """
 
     a: Linear
@@ -65,11 +66,15 @@ class Branch:
     refolded: bool
     bias: ir.Value | None
     calibrated: bool = False
+    bias_scale: float = 1.0
 
     @property
     def x(self) -> ir.Value:
         """What to feed the branch from: floats, above a Dropout of training and a flattening that is undone later."""
-        return _above(self.a.x, "Dropout", "Identity", *QUANTIZERS, *(SAME_ROWS if self.refolded else ()))
+        # Read off the node: rewiring the branch above has put another value in the place of ``a.x``.
+        x = self.a.node.inputs[0]
+        assert x is not None, "a linear node has its operand"
+        return _above(x, "Dropout", "Identity", *QUANTIZERS, *(SAME_ROWS if self.refolded else ()))
 
     @property
     def base(self) -> ir.Value:
@@ -99,6 +104,7 @@ class _Join:
     factor: float
     reshaped: bool
     bias: ir.Value | None
+    bias_scale: float = 1.0
 
 
 def find_branches(model: ir.Model) -> list[Branch]:
@@ -116,7 +122,7 @@ def find_branches(model: ir.Model) -> list[Branch]:
         base_op = _base_operation(join, source(a.x), heads)
         calibrated = _calibrated(b.x, a.output) or (join.delta is not None and _calibrated(join.delta, b.output))
         where = (join.node, join.base_slot, join.delta_slot, join.delta)
-        found.append(Branch(a, b, scale, *where, base_op, join.reshaped, join.bias, calibrated))
+        found.append(Branch(a, b, scale, *where, base_op, join.reshaped, join.bias, calibrated, join.bias_scale))
     return found
 
 
@@ -158,11 +164,12 @@ def _factor_before(b: Linear, by_output: dict[ir.Value, Linear]) -> tuple[Linear
 def _descend(b: Linear) -> _Join | None:
     """From ``b`` down to where its result is added to something that depends on the run."""
     bias, factor, reshaped = None, 1.0, False
+    before = 1.0  # the factor above the bias
     if b.addend is not None:
         if not is_fixed(b.addend):
             # Gemm(low, B, C=base): the optimizer made the addition part of B. A scaled base is not ours to take.
             return _Join(b.node, 2, None, None, 1.0, False, None) if b.addend_factor == 1.0 else None
-        bias = b.addend
+        bias, before = b.addend, 1.0 / b.addend_factor
     value = b.output
     while True:
         uses = value.uses()
@@ -176,9 +183,10 @@ def _descend(b: Linear) -> _Join | None:
         elif (step := times(node)) is not None:
             factor *= step[1]
         elif is_op(node, "Add") and is_fixed(node.inputs[1 - slot]):
-            bias = node.inputs[1 - slot]
+            bias, before = node.inputs[1 - slot], factor
         else:
-            return _join_at(node, slot, value, factor=factor, reshaped=reshaped, bias=bias)
+            join = _join_at(node, slot, value, factor=factor, reshaped=reshaped, bias=bias)
+            return None if join is None else dataclasses.replace(join, bias_scale=join.factor / before)
         value = node.outputs[0]
 
 
