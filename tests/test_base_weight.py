@@ -16,7 +16,7 @@ from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from onnxruntime.quantization.quant_utils import quantize_data
 
-from adapterx.base_weight import SCALE, WEIGHT, ZERO, BaseWeight, read_weight, written
+from adapterx.base_weight import SCALE, WEIGHT, ZERO, BaseWeight, read_weight, row_span, row_step, written
 from adapterx.graph.stored import base_weight_of, tensor_reader, weight_values
 from adapterx.packed_codes import repacked, unpacked
 
@@ -385,6 +385,43 @@ def test_codes_are_packed_beside_bits_that_stay(bits, signed):
     other = (codes.view(np.uint8) ^ 1).view(codes.dtype)
     back = unpacked(repacked(other, present, bits), bits, signed=False, length=codes.shape[-1])
     np.testing.assert_array_equal(back, other.view(np.uint8) & ((1 << bits) - 1))
+
+
+CUT = {
+    **{"MatMul": 1, "Transpose": 1, "Gemm": 1, "MatMulNBits 4": 1, "MatMulNBits 2": 1, "QDQ int8 in blocks": 32},
+    **{"MatMulNBits float zero point": 1, "QDQ int8 per row": 1, "QDQ uint4 in blocks along rows": 1},
+    **{"QDQ uint4 blocked by the quantizer": 32, "QDQ int8": 0, "QDQ uint8 per column": 0, "MatMulInteger int8": 0},
+}
+
+
+@pytest.mark.parametrize("form", CUT)
+def test_rows_can_be_read_and_written_apart(form, tmp_path):
+    ref, tensor = stored({**LINEAR, **INTEGER}[form](tmp_path))
+    raw = {role: raw_bytes(tensor(name)) for role, name in ref.tensors.items()}
+    step = row_step(ref, {role: len(data) for role, data in raw.items()})
+    assert step == CUT[form]
+    whole = read_weight(ref, tensor)
+    other = rng.normal(size=whole.shape).astype(np.float32)
+    expected = {role: raw_bytes(written(ref, other, tensor)[name]) for role, name in ref.tensors.items()}
+    rows = ref.shape[0]
+    for first, last in [(at, min(at + 32, rows)) for at in range(0, rows, 32)] if step else []:
+        part = dataclasses.replace(ref, shape=(last - first, *ref.shape[1:]))
+        spans = {role: row_span(ref, role, len(data), slice(first, last)) for role, data in raw.items()}
+
+        def cut(name, spans=spans):
+            role = next(role for role, other_name in ref.tensors.items() if other_name == name)
+            dtype = tensor(name).dtype
+            packed_dtype = np.uint8 if dtype.name in {"int4", "uint4"} else dtype
+            return np.frombuffer(raw[role][spans[role]], packed_dtype)
+
+        here = np.s_[first:last] if ref.rows_first else np.s_[:, first:last]
+        np.testing.assert_array_equal(read_weight(part, cut), whole[here])
+        for role, name in ref.tensors.items():
+            assert raw_bytes(written(part, other[here], cut)[name]) == expected[role][spans[role]]
+
+
+def raw_bytes(array):
+    return packed(array) if array.dtype.name in {"int4", "uint4"} else array.tobytes()
 
 
 def test_a_base_weight_goes_through_json():
