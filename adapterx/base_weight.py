@@ -133,7 +133,7 @@ def read_weight(ref: BaseWeight, tensor: Tensors) -> Array:
     else:
         values = _looked_up(ref, tensor)
     if ref.factor != 1:
-        values = values * values.dtype.type(ref.factor)
+        values = np.multiply(values, ref.factor, dtype=values.dtype)
     return _matrix(ref, values)
 
 
@@ -156,7 +156,7 @@ def written(ref: BaseWeight, weight: Array, tensor: Tensors) -> dict[str, Array]
     """
     values = _stored_order(ref, weight)
     if ref.factor != 1:
-        values = values / values.dtype.type(ref.factor)
+        values = np.divide(values, ref.factor, dtype=values.dtype)
     if ref.storage == "float":
         present = tensor(ref.tensors[WEIGHT])
         return {ref.tensors[WEIGHT]: values.reshape(present.shape).astype(present.dtype)}
