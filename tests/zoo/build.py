@@ -21,6 +21,7 @@ from tests.zoo.cases import CASES
 
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache" / "zoo"
+TABLES = {"cases.py", "kind_cases.py", "quantized_cases.py", "__init__.py"}
 VERSIONED = ("torch", "transformers", "peft", "onnxscript", "onnxruntime", "onnx", "optimum-onnx", "onnxruntime-genai")
 
 
@@ -39,7 +40,7 @@ def key(name: str) -> str:
     """What the product depends on: this package's sources without the tables, the case, its source, versions."""
     case, digest = CASES[name], hashlib.sha256()
     for path in sorted(HERE.glob("*.py")):
-        if path.name not in {"cases.py", "kind_cases.py", "__init__.py"}:
+        if path.name not in TABLES:
             digest.update(path.read_bytes())
     digest.update(repr(dataclasses.replace(case, note="")).encode())
     digest.update(key(case.source).encode() if case.source else b"")

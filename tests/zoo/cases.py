@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.zoo.case import Case, Lora
 from tests.zoo.kind_cases import KINDS
+from tests.zoo.quantized_cases import QUANTIZED
 
 LLAMA_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LLAMA_SOME = ("q_proj", "v_proj", "down_proj")
@@ -44,7 +45,7 @@ LLAMA_TORCHSCRIPT = (
     Case("ts_llama_half_base", "llama", SOME, dtype="float16", atol=HALF),
     Case("ts_llama_half_base_ort_basic", source="ts_llama_half_base", post=("ort_basic",), atol=HALF),
     Case("ts_llama_rank_1", "llama", Lora(LLAMA_SOME, r=1, alpha=2)),
-    Case("ts_phi3", "phi3", Lora(("qkv_proj", "o_proj", "gate_up_proj"))),
+    Case("ts_phi3", "phi3", Lora(("qkv_proj", "o_proj", "gate_up_proj")), with_base=True),
 )
 
 LLAMA_DYNAMO = (
@@ -68,7 +69,7 @@ LLAMA_DYNAMO = (
     Case("dy_llama_half", "llama_short", Lora(LLAMA_SOME, half=True), "dynamo", dtype="float16", atol=HALF),
     Case("dy_llama_half_base", "llama_short", SOME, "dynamo", dtype="float16", atol=HALF),
     Case("dy_llama_bf16_base", "llama_short", SOME, "dynamo", dtype="bfloat16", atol=BRAIN, runs_on_ort=False),
-    Case("dy_phi3", "phi3", Lora(("qkv_proj", "o_proj", "gate_up_proj")), "dynamo"),
+    Case("dy_phi3", "phi3", Lora(("qkv_proj", "o_proj", "gate_up_proj")), "dynamo", with_base=True),
 )
 
 T5 = Lora(("q", "v", "wo"), task_type="SEQ_2_SEQ_LM")
@@ -79,9 +80,9 @@ NEXT_TOKEN = (("past", 3), ("tokens", 1), ("use_cache", True))
 
 DEPLOYED = (
     Case("optimum_llama", "llama", Lora(LLAMA_SOME, task_type="CAUSAL_LM"), "optimum_main",
-         options=(("task", "text-generation-with-past"), ("past", 3))),
+         options=(("task", "text-generation-with-past"), ("past", 3)), with_base=True),
     Case("optimum_bert", "bert", Lora(BERT, task_type="FEATURE_EXTRACTION"), "optimum_model",
-         options=(("task", "feature-extraction"),)),
+         options=(("task", "feature-extraction"),), with_base=True),
     Case("optimum_t5_encoder", "t5", T5, "optimum_model", (T5_TASK, ("tokens", 5)), file="encoder_model.onnx",
          needs_adapter=True, note=PREFIX),
     Case("optimum_t5_decoder", "t5", T5, "optimum_model", (T5_TASK,), file="decoder_model.onnx"),
@@ -90,21 +91,21 @@ DEPLOYED = (
     Case("optimum_t5_merged_first", "t5", T5, "optimum_model", (T5_TASK,), file="decoder_model_merged.onnx"),
     Case("optimum_t5_merged_next", "t5", T5, "optimum_model", (T5_TASK, *NEXT_TOKEN),
          file="decoder_model_merged.onnx"),
-    Case("genai_llama", "llama_wide", Lora(LLAMA_ALL, task_type="CAUSAL_LM"), "genai"),
+    Case("genai_llama", "llama_wide", Lora(LLAMA_ALL, task_type="CAUSAL_LM"), "genai", with_base=True),
     Case("genai_phi3", "phi3_wide", Lora(("qkv_proj", "o_proj", "gate_up_proj"), task_type="CAUSAL_LM"), "genai",
-         note=SPLIT),
+         note=SPLIT, with_base=True),
 )  # fmt: skip
 
 OTHER_MODELS = (
-    Case("ts_gpt2", "gpt2", Lora(GPT2, extra=(("fan_in_fan_out", True),))),
+    Case("ts_gpt2", "gpt2", Lora(GPT2, extra=(("fan_in_fan_out", True),)), with_base=True),
     Case("dy_gpt2", "gpt2", Lora(GPT2, extra=(("fan_in_fan_out", True),)), "dynamo"),
     Case("ts_gpt2_ort_extended", source="ts_gpt2", post=("ort_extended",)),
-    Case("ts_bert", "bert", Lora(BERT, task_type="FEATURE_EXTRACTION")),
+    Case("ts_bert", "bert", Lora(BERT, task_type="FEATURE_EXTRACTION"), with_base=True),
     Case("ts_bert_ort_transformers", source="ts_bert", post=("ort_transformers_bert",)),
     Case("ts_bert_float16", source="ts_bert", post=("float16",), atol=HALF),
     Case("ts_bert_classifier", "bert_classifier", Lora(("query", "pooler.dense", "classifier"))),
     Case("dy_bert_classifier", "bert_classifier", Lora(("query", "pooler.dense", "classifier")), "dynamo"),
-    Case("ts_vit", "vit", Lora(("query", "value", "classifier"))),
+    Case("ts_vit", "vit", Lora(("query", "value", "classifier")), with_base=True),
     Case("dy_vit", "vit", Lora(("query", "value", "classifier")), "dynamo"),
     Case("ts_mlp", "mlp", Lora(MLP), with_base=True),
     Case("dy_mlp", "mlp", Lora(MLP), "dynamo", with_base=True),
@@ -115,10 +116,10 @@ OTHER_MODELS = (
     Case("dy_mlp_no_bias_ort_extended", source="dy_mlp_no_bias", post=("ort_extended",)),
     Case("ts_repeated", "repeated", Lora(("stem", "block")), note=REPEATED),
     Case("dy_repeated", "repeated", Lora(("stem", "block")), "dynamo", note=REPEATED),
-    Case("ts_normed", "normed", Lora(("up", "down"))),
+    Case("ts_normed", "normed", Lora(("up", "down")), with_base=True),
     Case("ts_normed_ort_extended", source="ts_normed", post=("ort_extended",)),
     Case("dy_normed_ort_extended", source="dy_normed", post=("ort_extended",), needs_adapter=True),
-    Case("dy_normed", "normed", Lora(("up", "down")), "dynamo"),
+    Case("dy_normed", "normed", Lora(("up", "down")), "dynamo", with_base=True),
     Case("ts_adalora", "mlp", Lora(MLP, kind="adalora")),
     Case("dy_adalora", "mlp", Lora(MLP, kind="adalora"), "dynamo"),
 )
@@ -137,7 +138,7 @@ REFUSED = (
          unsupported="trainable tokens"),
 )  # fmt: skip
 
-TABLE = (*LLAMA_TORCHSCRIPT, *LLAMA_DYNAMO, *DEPLOYED, *OTHER_MODELS, *NOTHING, *REFUSED, *KINDS)
+TABLE = (*LLAMA_TORCHSCRIPT, *LLAMA_DYNAMO, *DEPLOYED, *OTHER_MODELS, *NOTHING, *REFUSED, *KINDS, *QUANTIZED)
 
 CASES: dict[str, Case] = {case.name: case for case in TABLE}
 assert len(CASES) == len(TABLE), "two cases of one name"

@@ -90,13 +90,14 @@ def dynamo(model: nn.Module, subject: Subject, path: Path, **options: Any) -> No
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Exporters talk a lot, and tests turn warnings into noise."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
 
 
 def _mask(batch_size: int, cache_position: torch.Tensor, kv_length: int, **options: Any) -> torch.Tensor:

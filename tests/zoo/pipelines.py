@@ -21,31 +21,40 @@ from tests.zoo.exporters import quiet
 from tests.zoo.models import Subject
 
 
-def optimum_main(subject: Subject, adapter: Path, out: Path, *, task: str) -> None:
-    """``optimum-cli export onnx`` on an adapter's folder, which has to hold the base's config too."""
+def optimum_main(subject: Subject, adapter: Path | None, out: Path, *, task: str) -> None:
+    """``optimum-cli export onnx`` on a checkpoint, or an adapter's folder, which has to hold the base's config too."""
     from optimum.exporters.onnx import main_export
 
     with _checkpoint(subject.model) as checkpoint, quiet():
-        both = shutil.copytree(adapter, checkpoint / "both")
-        shutil.copy(checkpoint / "config.json", both)
-        config = json.loads((both / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = str(checkpoint)
-        (both / "adapter_config.json").write_text(json.dumps(config))
-        main_export(str(both), output=out, task=task, library_name="transformers", do_validation=False)
+        given = _beside_config(adapter, checkpoint) if adapter else checkpoint
+        main_export(str(given), output=out, task=task, library_name="transformers", do_validation=False)
 
 
-def optimum_model(subject: Subject, adapter: Path, out: Path, *, task: str) -> None:
+def _beside_config(adapter: Path, checkpoint: Path) -> Path:
+    both = shutil.copytree(adapter, checkpoint / "both")
+    shutil.copy(checkpoint / "config.json", both)
+    config = json.loads((both / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(checkpoint)
+    (both / "adapter_config.json").write_text(json.dumps(config))
+    return both
+
+
+def optimum_model(subject: Subject, adapter: Path | None, out: Path, *, task: str) -> None:
     """A transformers model that has loaded the adapter by itself: no PeftModel, no prefix."""
     from optimum.exporters.onnx import onnx_export_from_model
 
     with quiet():
         model: Any = subject.model
-        model.load_adapter(str(adapter))
+        if adapter:
+            model.load_adapter(str(adapter))
         onnx_export_from_model(model, out, task=task, do_validation=False)
 
 
-def genai(subject: Subject, adapter: Path, out: Path) -> None:
-    """onnxruntime-genai's builder: an own graph, the scale inside B, packed projections split."""
+def genai(subject: Subject, adapter: Path | None, out: Path, *, dtype: str = "FLOAT") -> None:
+    """onnxruntime-genai's builder: an own graph, the scale inside B, packed projections split.
+
+    Without an adapter it packs q, k and v into one product instead.
+    """
     from peft import PeftConfig
 
     with _checkpoint(subject.model) as checkpoint, quiet(), _silent(), _builders() as builders:
@@ -53,11 +62,12 @@ def genai(subject: Subject, adapter: Path, out: Path) -> None:
         # transformers 5 has moved these, and the builder reads them where they are now.
         config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
         config.rope_scaling = {}
-        config.update(PeftConfig.from_pretrained(str(adapter)).__dict__)
+        if adapter:
+            config.update(PeftConfig.from_pretrained(str(adapter)).__dict__)
         kind = {"LlamaForCausalLM": builders.LlamaModel, "Phi3ForCausalLM": builders.Phi3MiniModel}
-        options = {"adapter_path": str(adapter), "hf_token": False}
-        single = ir.DataType.FLOAT
-        builder = kind[config.architectures[0]](config, single, single, "cpu", str(checkpoint), options)
+        options = {"hf_token": False} | ({"adapter_path": str(adapter)} if adapter else {})
+        single, stored = ir.DataType.FLOAT, ir.DataType[dtype]
+        builder = kind[config.architectures[0]](config, single, stored, "cpu", str(checkpoint), options)
         builder.model_name_or_path = str(checkpoint)
         builder.make_model(str(checkpoint))
         out.mkdir(parents=True)

@@ -32,18 +32,18 @@ def assert_apart(case: Case, facts: Facts, *, zero_b: bool) -> None:
         assert gap > least, f"{case.name}: {one} and {other} differ by {gap:.3g}, which is not over {least:.3g}"
 
 
-def assert_reproduces(case: Case, path: Path, facts: Facts) -> None:
-    """The exported file computes what torch does.
+def assert_reproduces(case: Case, path: Path, facts: Facts, label: str) -> None:
+    """The exported file computes what torch does with adapter ``label``.
 
     Raises:
         AssertionError: it does not.
     """
-    met = _run_ort(path, facts) if case.runs_on_ort else _run_reference(path, facts)
+    met = run_ort(str(path), facts.feeds) if case.runs_on_ort else _run_reference(path, facts)
     names = [o.name for o in onnx.load(path, load_external_data=False).graph.output]
-    for name, got, expected in zip(names, met, facts.expected["a"], strict=True):
-        assert got.shape == expected.shape, f"{case.name}: {name} is {got.shape}, torch's is {expected.shape}"
+    for name, got, expected in zip(names, met, facts.expected[label], strict=True):
+        assert got.shape == expected.shape, f"{path.name}: {name} is {got.shape}, torch's is {expected.shape}"
         error = _distance(got, expected)
-        assert error < case.atol, f"{case.name}: {name} differs from torch by {error:.3g}"
+        assert error < case.atol, f"{case.name}: {name} of {path.name} differs from {label} by {error:.3g}"
 
 
 def _distance(one: Array, other: Array) -> float:
@@ -53,12 +53,13 @@ def _distance(one: Array, other: Array) -> float:
     return float(apart.max(initial=0.0))
 
 
-def _run_ort(path: Path, facts: Facts) -> list[Array]:
+def run_ort(model: str | bytes, feeds: dict[str, Array]) -> list[Array]:
+    """ONNX Runtime's answer."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, facts.feeds))
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, feeds))
 
 
 def _run_reference(path: Path, facts: Facts) -> list[Array]:
