@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES, listed, path_parts
+from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES, NO_MODULE, listed, path_parts
 from adapterx.graph.view import all_nodes
+from adapterx.manifest import manifest_of
 
 _PEFT_ROOT = "base_model.model."
 # A checkpoint may keep everything below one of these; any other single name at the top is an export wrapper's.
@@ -19,6 +20,9 @@ _CHECKPOINT_ROOTS = frozenset(
     | {"text_model", "vision_model", "language_model", "backbone"}
 )
 _GENAI = "onnxruntime-genai"
+_GENAI_WEIGHT = re.compile(r"\.MatMul\.q?weight(?:_\w+)?$")
+# Quantizers and mergers of graphs put a word of theirs behind a parameter's name.
+_PARAMETER = re.compile(r"^(?P<name>.+\.(?:weight|bias))(?:_\w+)?$")
 # One part in common ("model") is met by chance; two are a place in a module tree.
 _SURE = 2
 _NUMBERED_CHILD = re.compile(r"(\.\d+)+")
@@ -135,7 +139,7 @@ def _from_genai(model: ir.Model) -> bool:
     if (model.producer_name or "").startswith(_GENAI):
         return True
     # Optimizers overwrite the producer; no other exporter ends weights like this.
-    return any(name.endswith(".MatMul.weight") for graph in model.graphs() for name in graph.initializers)
+    return any(_GENAI_WEIGHT.search(name) for graph in model.graphs() for name in graph.initializers)
 
 
 def _ancestors(name: str) -> Iterable[str]:
@@ -144,13 +148,17 @@ def _ancestors(name: str) -> Iterable[str]:
 
 
 def _dotted_names(model: ir.Model) -> Iterable[str]:
+    manifest = manifest_of(model.metadata_props, where="the model")
+    # Ports of our own bear canonical names, whatever wraps those of the model.
+    ports = frozenset() if manifest is None else frozenset(n for pair in manifest.tensor_names().values() for n in pair)
     for graph in model.graphs():
         for value in graph.initializers.values():
             names = [value.name or "", *listed(value.metadata_props.get(FOLDED_FROM))]
-            yield from (name for name in names if name.endswith((".weight", ".bias")))
+            found = (_PARAMETER.match(name) for name in names if name not in ports)
+            yield from (match["name"] for match in found if match is not None)
     for node in all_nodes(model):
         scopes = listed(node.metadata_props.get(NAME_SCOPES))
-        yield from (f"{scope}.weight" for scope in scopes[-2:-1] if scope)
+        yield from (f"{scope}.weight" for scope in scopes[-2:-1] if scope and not scope.startswith(NO_MODULE))
 
 
 def _common_wrapper(names: list[list[str]], keep: frozenset[str]) -> tuple[str, ...]:
