@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from rich.table import Table
 
 from adapterx.adapter import Adapter, Array, LowRank
@@ -21,8 +22,9 @@ from adapterx.errors import AdapterxError, ModelError
 from adapterx.graph.example_feeds import example_feeds
 from adapterx.graph.extract import low_rank_of
 from adapterx.graph.load import load_model, read_proto
+from adapterx.graph.quantized_linear import OF_CODES, any_linear
 from adapterx.graph.sites import AdapterLike, Finding, find
-from adapterx.graph.view import Linear, all_nodes
+from adapterx.graph.view import Linear, all_nodes, attribute
 from adapterx.manifest import Manifest, manifest_of
 from adapterx.runtime.session import AdapterSession
 
@@ -75,8 +77,9 @@ def verify_extraction(
 
     Four adapters go through the extracted model: none, the one that was exported, a random one, and a random one of
     other ranks. Each is compared with ONNX Runtime on the original graph, in which the weights at the found places
-    are replaced where they stand, scale divided out. A fifth row shows that the random adapter changes the output
-    enough for its row to mean something.
+    are replaced where they stand, scale divided out; an adapter that was quantized is replaced by products of floats,
+    as it is in the extracted model. The base is the same in both, codes included, so that tolerances need no room for
+    its quantization. A fifth row shows that the random adapter changes the output enough for its row to mean something.
 
     Args:
         original: the exported model
@@ -171,6 +174,7 @@ def _on_original(
             b = np.zeros((branch.rank, branch.b.d_out)) if one is None else one.b.astype(np.float64) / branch.scale
             _put(model, branch.a, a.T)
             _put(model, branch.b, b)
+    RemoveUnusedNodesPass()(model)
     # Shapes that were noted for the exported rank would contradict another one.
     for value in (value for node in all_nodes(model) for value in node.outputs if not value.is_graph_output()):
         value.shape = None
@@ -178,12 +182,25 @@ def _on_original(
 
 
 def _put(model: ir.Model, factor: Linear, matrix: Array) -> None:
-    """Give one node a weight of its own, ``[d_in, d_out]``, laid out as the node wants it."""
-    laid = np.ascontiguousarray(matrix.T if factor.flipped else matrix).astype(factor.weight.dtype.numpy())
+    """Give one operation float weights ``[d_in, d_out]`` of its own; one that takes codes becomes a MatMul."""
+    codes = any_linear(factor.node) if factor.node.op_type in OF_CODES else None
+    flipped = codes is None and bool(attribute(factor.node, "transB", 0))
+    laid = np.ascontiguousarray(matrix.T if flipped else matrix).astype(factor.weight.dtype.numpy())
     name = f"adapterx.verify.{len(model.graph.initializers)}"
     value = ir.Value(name=name, const_value=ir.tensor(laid, name=name), type=ir.TensorType(factor.weight.dtype))
     model.graph.register_initializer(value)
-    factor.node.replace_input_with(1, value)
+    if codes is None:
+        factor.node.replace_input_with(1, value)
+        return
+    nodes = [ir.node("MatMul", [codes.x, value], name=f"{name}.MatMul")]
+    if codes.addend is not None:
+        nodes.append(ir.node("Add", [nodes[0].outputs[0], codes.addend], name=f"{name}.Add"))
+    last = codes.output.producer()
+    graph = None if last is None else last.graph
+    assert last is not None, "a result has a producer"
+    assert graph is not None, "which lies in a graph"
+    graph.insert_before(last, nodes)
+    codes.output.replace_all_uses_with(nodes[-1].outputs[0])
 
 
 def _run(model: ir.Model, path: Path, feeds: Mapping[str, Array]) -> list[Array]:

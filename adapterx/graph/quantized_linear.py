@@ -10,14 +10,15 @@ import onnx_ir as ir
 from adapterx.adapter import Array
 from adapterx.base_weight import SCALE, WEIGHT, BaseWeight, read_weight
 from adapterx.graph.stored import base_weight_of, dequantized_product, tensor_reader
-from adapterx.graph.view import MICROSOFT, SAME_VALUE, Linear, attribute, constant, is_op, linear
+from adapterx.graph.view import MICROSOFT, SAME_VALUE, STANDARD, Linear, attribute, constant, is_op, linear
 
 # Where the optional bias of an operator is. Those of MatMulInteger and MatMul are nodes of their own.
 _BIAS = {"MatMulNBits": 5, "DynamicQuantizeMatMul": 4, "MatMulIntegerToFloat": 6, "Gemm": 2, "FusedGemm": 2}
-_FLOAT_OPERAND = (
-    *("MatMul", "Gemm", "FusedMatMul", "TransposeMatMul", "FusedGemm"),
-    *("MatMulNBits", "MatMulBnb4", "DynamicQuantizeMatMul"),
-)
+_OF_FLOATS = ("MatMul", "Gemm", "FusedMatMul", "TransposeMatMul", "FusedGemm")
+_WITH_SCALES = ("MatMulNBits", "MatMulBnb4", "DynamicQuantizeMatMul")
+_OF_INTEGERS = ("MatMulInteger", "MatMulIntegerToFloat")
+OF_CODES = (*_WITH_SCALES, *_OF_INTEGERS)
+"""Operators that take codes where others take numbers."""
 _IN_BETWEEN = ("DequantizeLinear", "Transpose", *SAME_VALUE)
 _MATRIX = 2
 
@@ -91,9 +92,10 @@ def _quantized(node: ir.Node) -> Linear | None:
 
 def _operand(node: ir.Node) -> ir.Value | None:
     """The floats that ``node`` multiplies, above the quantization of them that belongs to it."""
-    if is_op(node, *_FLOAT_OPERAND) or is_op(node, *_FLOAT_OPERAND, domain=(MICROSOFT,)):
+    anywhere = (*STANDARD, MICROSOFT)
+    if is_op(node, *_OF_FLOATS, *_WITH_SCALES, domain=anywhere):
         return node.inputs[0]
-    if is_op(node, "MatMulInteger") or is_op(node, "MatMulIntegerToFloat", domain=(MICROSOFT,)):
+    if is_op(node, *_OF_INTEGERS, domain=anywhere):
         codes = node.inputs[0]
         quantize = None if codes is None else codes.producer()
         return quantize.inputs[0] if quantize is not None and is_op(quantize, "DynamicQuantizeLinear") else None

@@ -1,0 +1,166 @@
+"""Adapters in graphs that ONNX Runtime's quantizers made, base and adapter together.
+
+The oracle is ONNX Runtime on the same pipeline: another adapter put into the float model, which is then quantized but
+for the adapter's nodes.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper
+
+from adapterx.adapter import Adapter, LowRank
+from adapterx.graph.extract import extract_adapters
+from adapterx.graph.sites import find_sites
+from adapterx.runtime.session import AdapterSession
+from adapterx.verify import verify_extraction
+from tests.graph.quantizers import HOW, quantized
+from tests.graph.text_models import Layer, text_model
+
+# Wider than a block, so that blocks and padding both occur; B's inner dimension is shorter than a block.
+LAYERS = (Layer("model.layers.0.q_proj", 64, 96, 8, 2.0), Layer("model.layers.0.o_proj", 96, 48, 4, 0.75))
+LORA_NODES = [f"node_{factor}{i}" for i in range(len(LAYERS)) for factor in "lz"]
+# Rounding of float32 sums, relative to the largest output.
+FLOAT = 1e-6
+
+
+def blank(layers=LAYERS):
+    model = text_model(layers)
+    # Blocks of DequantizeLinear came with opset 21.
+    model.proto.opset_import[0].version = 21
+    return model
+
+
+def with_adapter(adapter):
+    """The float model with other numbers in the place of its adapter's."""
+    proto = blank().proto
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for layer in LAYERS:
+        one = adapter.sites[layer.name]
+        for side, array in (("A", one.a.T), ("B", one.b / np.float32(layer.scale))):
+            name = f"base_model.model.{layer.name}.lora_{side}.default.weight"
+            tensors[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    return proto
+
+
+def base_alone():
+    """The float model without a branch."""
+    proto = blank().proto
+    kept = [node for node in proto.graph.node if node.op_type == "Add" or node.output[0][0] == "b"]
+    for node in kept:
+        if node.op_type == "Add":
+            node.op_type = "Identity"
+            del node.input[1:]
+    used = {name for node in kept for name in node.input}
+    weights = [tensor for tensor in proto.graph.initializer if tensor.name in used]
+    for old, new in ((proto.graph.node, kept), (proto.graph.initializer, weights)):
+        del old[:]
+        old.extend(new)
+    return proto
+
+
+def random_adapter(rank=8, seed=5):
+    rng = np.random.default_rng(seed)
+    sites = {}
+    for layer in LAYERS:
+        a, b = rng.standard_normal((rank, layer.d_in)), rng.standard_normal((rank, layer.d_out)) / np.sqrt(rank)
+        sites[layer.name] = LowRank(a=(a / np.sqrt(layer.d_in)).astype(np.float32), b=b.astype(np.float32))
+    return Adapter(sites)
+
+
+X = np.random.default_rng(9).standard_normal((2, 5, 64)).astype(np.float32)
+
+
+def run(path):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options).run(None, {"x": X})[0]
+
+
+def relative_error(got, want):
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@functools.cache
+def folder():
+    kept = tempfile.TemporaryDirectory()
+    folder.kept = kept
+    return Path(kept.name)
+
+
+@functools.cache
+def exported(how):
+    """Base and adapter quantized together."""
+    return quantized(how, blank().proto, folder() / f"{how}.onnx")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_an_adapter_that_was_quantized_with_its_base_is_found_by_its_names(how):
+    rows = [(s.name, s.adapter, s.d_in, s.rank, s.d_out, s.scale, s.dtype) for s in find_sites(exported(how))]
+    assert rows == [(one.name, "default", one.d_in, one.rank, one.d_out, one.scale, "float32") for one in LAYERS]
+
+
+def test_a_row_shows_the_operation_of_the_base():
+    ops = {how: {site.op for site in find_sites(exported(how))} for how in HOW}
+    assert ops["int4"] == {"MatMulNBits"}
+    assert ops["int4_qdq"] == {"MatMul"}
+    assert ops["int8_dynamic"] == {"MatMulInteger"}
+
+
+@pytest.mark.parametrize("make_inputs", [True, False])
+@pytest.mark.parametrize("how", HOW)
+def test_the_base_is_the_quantized_base_to_the_last_bit_and_other_adapters_of_any_rank_are_as_if_baked_in(
+    how, make_inputs, tmp_path
+):
+    out = extract_adapters(exported(how), tmp_path / "out", make_inputs=make_inputs)
+    session = AdapterSession(out.model_path)
+    base = run(quantized(how, base_alone(), tmp_path / "base.onnx"))
+    assert np.array_equal(session.run(None, {"x": X})[0], base)
+    for rank in (8, 3):
+        other = random_adapter(rank)
+        session.load_adapter("other", other)
+        baked = quantized(how, with_adapter(other), tmp_path / f"rank_{rank}.onnx", exclude=LORA_NODES)
+        got = session.run(None, {"x": X}, adapter="other")[0]
+        assert relative_error(got, run(baked)) <= FLOAT
+        assert relative_error(got, base) > 0.1, "the adapter does something"
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_exported_adapter_is_what_its_codes_stand_for(how, tmp_path):
+    """Within a step of the quantizer from the float adapter, and the same as in the graph that held the codes."""
+    out = extract_adapters(exported(how), tmp_path, make_inputs=True)
+    step = 1 / 127 if "int8" in how else 1 / 6 if how == "nf4" else 1 / 8
+    for name, (a, b) in blank().exported().items():
+        for got, want in ((out.adapter.sites[name].a, a), (out.adapter.sites[name].b, b)):
+            assert 0 < np.abs(got - want).max() <= np.abs(want).max() * step
+    got = AdapterSession(out.model_path, {"own": out.adapter}).run(None, {"x": X}, adapter="own")[0]
+    # Rounding of activations to 8 bits took part there: in sums of that many products, two percent.
+    assert relative_error(got, run(exported(how))) <= 3e-2
+
+
+@pytest.mark.parametrize("how", ["int4", "int4_qdq", "int8_dynamic"])
+def test_a_graph_without_names_is_named_by_the_float_adapter_that_was_exported(how, tmp_path):
+    proto = onnx.load(exported(how))
+    text = proto.SerializeToString().replace(b"lora_", b"llll_")
+    nameless = tmp_path / "nameless.onnx"
+    nameless.write_bytes(text)
+    other = random_adapter()
+    given = Adapter({name: LowRank(a=a, b=b) for name, (a, b) in blank().exported().items()})
+    assert [site.name for site in find_sites(nameless, adapter=given)] == [layer.name for layer in LAYERS]
+    assert {site.name_source for site in find_sites(nameless, adapter=given)} == {"adapter_values"}
+    assert other.sites.keys() == given.sites.keys()
+
+
+@pytest.mark.parametrize("how", ["int4_accuracy_4", "int4_qdq", "int8_dynamic"])
+@pytest.mark.parametrize("make_inputs", [True, False])
+def test_verification_passes(how, make_inputs, tmp_path):
+    out = extract_adapters(exported(how), tmp_path, make_inputs=make_inputs)
+    verification = verify_extraction(exported(how), out.model_path)
+    assert verification.passed, verification.rows
