@@ -34,7 +34,7 @@ BOTTOM = frozenset(
 # The algebra of adapters lies beside their kinds: it knows no file, graph or runtime.
 ALGEBRA = frozenset({"combination", "truncation"})
 # What may be imported by whom. A server that is given a ready model has no use for graph, hence runtime -> graph is
-# missing. The door (the package itself, cli, convert, verify) imports everything, and nothing imports the door.
+# missing. The door (the package itself, cli, convert, report, verify) imports everything, and nothing imports the door.
 LAYERS: Mapping[str, frozenset[str]] = {
     "bottom": frozenset({"bottom"}),
     "kinds": frozenset({"bottom", "kinds"}),
@@ -46,7 +46,7 @@ LAYERS: Mapping[str, frozenset[str]] = {
     "train": frozenset({"bottom", "formats", "kinds", "graph", "quant", "train"}),
     DOOR: frozenset({"bottom", "formats", "kinds", "graph", "runtime", "serve", "quant", "train", DOOR}),
 }
-DOOR_FILES = frozenset({"__init__", "__main__", "cli", "convert", "verify"})
+DOOR_FILES = frozenset({"__init__", "__main__", "cli", "convert", "report", "verify"})
 
 MAX_LINES = 400
 SIZED = {
@@ -132,8 +132,8 @@ def module_of(target: str, known: Mapping[str, Path]) -> str | None:
 
 def layer_of(module: str) -> str | None:
     top, *rest = module.split(".")
-    # The command line is a folder of the door; a `verify/` or `convert/` would be a package without a layer.
-    if top in DOOR_FILES and (not rest or top == "cli"):
+    # These two are folders of the door; a `verify/` or `convert/` would be a package without a layer.
+    if top in DOOR_FILES and (not rest or top in {"cli", "report"}):
         return DOOR
     return "bottom" if top in BOTTOM else "kinds" if top in ALGEBRA else top if top in LAYERS else None
 

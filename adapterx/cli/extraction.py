@@ -16,6 +16,7 @@ from adapterx.cli.report import finite, new_table, print_json, print_table, prin
 
 if TYPE_CHECKING:
     from adapterx.graph.extract import Extraction
+    from adapterx.site import SiteTable
 
 
 class AdapterFormat(enum.StrEnum):
@@ -31,12 +32,19 @@ def sites(
     *,
     adapter: Exported = None,
     structural: Structural = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page on them: layer by layer, with sizes and norms; needs adapterx[report]."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the places where adapters act: operation, shape, rank, scale, dtype, and what told the name."""
     from adapterx.graph.sites import find_sites
 
-    found = find_sites(model, adapter=adapter, structural=structural)
+    if html is None:
+        found = find_sites(model, adapter=adapter, structural=structural)
+    else:
+        found = _reported_sites(model, html, adapter=adapter, structural=structural)
     if as_json:
         print_json([site.as_dict() for site in found])
         return
@@ -46,6 +54,20 @@ def sites(
     say(f"{len(found)} sites{named}")
     for line in found.left:
         say(f"left out: {printable(line)}")
+    if html is not None:
+        say(f"wrote {html}")
+
+
+def _reported_sites(model: Path, html: Path, *, adapter: Path | None, structural: bool) -> SiteTable:
+    """What ``find_sites`` gives, after a page on it was written."""
+    from adapterx.errors import OptionError
+    from adapterx.report import survey, write_page
+
+    if html.suffix.lower() not in {".html", ".htm"}:
+        raise OptionError(f"--html writes a web page, so its name must end in .html; got {str(html)!r}")
+    found = survey(model, adapter=adapter, structural=structural)
+    write_page(found, html)
+    return found.sites
 
 
 def extract(  # noqa: PLR0913 - the options of the command, all by name
