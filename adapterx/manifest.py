@@ -10,13 +10,15 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from adapterx.adapter import LORA_A, LORA_B, tensor_name
+from adapterx.adapter import tensor_name
+from adapterx.base_weight import BaseWeight
 from adapterx.errors import ModelError
-from adapterx.site import AdapterSite, SiteTable
+from adapterx.site import PORTS, AdapterSite, SiteTable
 
 KEY = "adapterx.manifest"
 FORMAT_VERSION = 1
 MASK = "adapter_mask"
+ROW_MASK = "adapter_row_mask"
 
 Port = Literal["input", "packed", "external"]
 
@@ -39,6 +41,23 @@ class Pack:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SiteBase:
+    """Where the graph has the weight and the bias of a site's base, for adapters whose arithmetic they are part of.
+
+    Args:
+        weight: how the weight is stored, ``None`` where it cannot be read
+        bias: name of the initializer, ``""`` when there is no bias
+    """
+
+    weight: BaseWeight | None
+    bias: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"weight": None if self.weight is None else self.weight.as_dict(), "bias": self.bias}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything that a runtime must know of an extracted model.
 
@@ -51,9 +70,12 @@ class Manifest:
         fingerprint: SHA-256 over samples of the base weights, ``""`` where none could be read
         packs: packed inputs, empty unless ``port == "packed"``
         mask: name of the ``[n, R]`` mask input, ``None`` in external mode
+        row_mask: name of the ``[n, K]`` mask input of gains and shifts, ``None`` where there are none
         location: file name that external initializers point at, ``None`` in the other modes
         base_model: what the exported adapter calls its base, where it was given at extraction, else ``""``
         elsewhere: sites of the same adapters that other files of the export hold (an encoder's, in a decoder)
+        required: sites whose base the graph does not have, since they were trained in full: they must be fed
+        bases: by site name, for sites that take gains and shifts
     """
 
     sites: SiteTable
@@ -63,19 +85,23 @@ class Manifest:
     fingerprint: str
     packs: tuple[Pack, ...] = ()
     mask: str | None = MASK
+    row_mask: str | None = None
     location: str | None = None
     base_model: str = ""
     elsewhere: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    bases: Mapping[str, SiteBase] = dataclasses.field(default_factory=dict)
 
-    def tensor_names(self) -> dict[str, tuple[str, str]]:
-        """Site name -> names of its ``a`` and ``b`` in adapter files, and in the graph where not packed."""
-        return {s.name: (tensor_name(s.name, LORA_A), tensor_name(s.name, LORA_B)) for s in self.sites}
+    def tensor_names(self) -> dict[str, tuple[str, ...]]:
+        """Site name -> names of its tensors in adapter files, and in the graph where not packed."""
+        return {site.name: tuple(tensor_name(site.name, port) for port in site.ports) for site in self.sites}
 
     def dumps(self) -> str:
         """The JSON string that goes into the model."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["sites"] = [site.as_dict() for site in self.sites]
         fields["packs"] = [dataclasses.asdict(pack) for pack in self.packs]
+        fields["bases"] = {name: base.as_dict() for name, base in self.bases.items()}
         return json.dumps({"format_version": FORMAT_VERSION, **fields}, separators=(",", ":"))
 
     @classmethod
@@ -102,6 +128,8 @@ class Manifest:
             raw["sites"] = SiteTable(_site(site) for site in raw["sites"])
             raw["packs"] = tuple(Pack(p["name"], p["side"], tuple(p["sites"])) for p in raw["packs"])
             raw["elsewhere"] = tuple(raw.get("elsewhere", ()))
+            raw["required"] = tuple(raw.get("required", ()))
+            raw["bases"] = _bases(raw.get("bases", {}))
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, ModelError):
@@ -109,9 +137,20 @@ class Manifest:
             raise ModelError(f"{where}: its adapterx manifest is broken ({error}); extract the model again") from None
 
 
+def _bases(raw: dict[str, Any]) -> dict[str, SiteBase]:
+    found = {}
+    for name, base in raw.items():
+        weight = None if base["weight"] is None else BaseWeight.from_dict(base["weight"])
+        found[name] = SiteBase(weight, str(base["bias"]))
+    return found
+
+
 def _site(raw: dict[str, Any]) -> AdapterSite:
-    site = AdapterSite(**raw)
-    sizes = (site.d_in, site.d_out, site.rank)
+    lists: dict[str, Any] = {key: tuple(raw[key]) for key in ("kernel", "ports") if key in raw}
+    site = AdapterSite(**(raw | lists))
+    sizes = (site.d_in, site.d_out, site.rank, *site.kernel)
+    if not site.ports or not set(site.ports) <= set(PORTS):
+        raise ValueError(f"site {site.name!r} has ports {site.ports}")
     if site.dtype not in _DTYPES or not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"site {site.name!r} has dtype {site.dtype!r} and sizes {sizes}")
     return site

@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Iterable
-from typing import Any, Literal, SupportsIndex, overload
+from typing import Any, Final, Literal, SupportsIndex, overload
 
 from rich.console import Console
 from rich.table import Table
 
+from adapterx.adapter import GAIN, INPUT_GAIN, LORA_A, LORA_B, PROMPT, SHIFT
+
 NameSource = Literal[
     "initializer", "folded_from", "name_scopes", "node_path", "adapter_values", "adapter_shapes", "structure"
 ]
+
+Kind = Literal["lora", "dora", "ia3", "loha", "lokr", "vera", "conv", "embedding", "saved", "bias", "prompt"]
+
+LOW_RANK: Final = (LORA_A, LORA_B)
+PORTS: Final = (*LOW_RANK, GAIN, INPUT_GAIN, SHIFT, PROMPT)
+# A row an adapter; all other ports have a row a rank.
+VECTORS: Final = frozenset({GAIN, INPUT_GAIN, SHIFT})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,15 +31,17 @@ class AdapterSite:
     Args:
         name: module path of the source checkpoint, ``model.layers.3.self_attn.q_proj``
         adapter: the adapter's name inside the export (PEFT's ``default``), ``""`` where nothing tells it
-        kind: adapter kind, ``"lora"``
+        kind: adapter kind, ``"lora"``; :mod:`adapterx.kinds` describes each
         op: type of the base operation (``MatMul``, ``Gemm``, ``MatMulNBits`` ...)
-        d_in: features that come in
+        d_in: features that come in (of a convolution channels, of an embedding words)
         d_out: features that go out
-        rank: rank in the graph; of an extracted model, of the adapter that was taken out
+        rank: rank in the graph; of an extracted model, of the adapter that was taken out; of a prompt its tokens
         scale: the factor that the graph applies after ``a`` and ``b`` (1.0 when it is absent or inside ``b``)
         dtype: numpy name of the element type of ``a`` and ``b``
         name_source: what told the name; ``structure`` means that nothing did
         node: name of the node where adapter and base meet
+        kernel: sizes of a convolution's kernel, else empty
+        ports: what an adapter can bring here, some of :data:`PORTS` in their order
     """
 
     name: str
@@ -44,6 +55,23 @@ class AdapterSite:
     dtype: str
     name_source: NameSource
     node: str
+    kernel: tuple[int, ...] = ()
+    ports: tuple[str, ...] = LOW_RANK
+
+    def rows(self, port: str) -> int:
+        """Rows of one adapter's tensor at ``port``: its rank, or the one row of a vector."""
+        return 1 if port in VECTORS else self.rank
+
+    def width(self, port: str) -> tuple[int, ...]:
+        """The dimensions of ``port`` after its rows."""
+        if port == LORA_A:
+            return self.d_in, *self.kernel
+        return (self.d_in,) if port == INPUT_GAIN else (self.d_out,)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether ids come in, not features."""
+        return self.op in {"Gather", "GatherBlockQuantized"}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,11 +111,11 @@ class SiteTable(list[AdapterSite]):
     def table(self) -> Table:
         """The sites as a rich table."""
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("site", "adapter", "op", "in -> out", "rank", "scale", "dtype", "name from"):
+        for column in ("site", "adapter", "kind", "op", "in -> out", "rank", "scale", "dtype", "name from"):
             table.add_column(column, no_wrap=True, justify="right" if column in {"rank", "scale"} else "left")
         for site in self:
             shape = f"{site.d_in} -> {site.d_out}"
-            cells = (site.name, site.adapter or "?", site.op, shape, str(site.rank), f"{site.scale:g}")
+            cells = (site.name, site.adapter or "?", site.kind, site.op, shape, str(site.rank), f"{site.scale:g}")
             table.add_row(*cells, site.dtype, site.name_source)
         return table
 

@@ -11,26 +11,27 @@ from typing import Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
-from adapterx.adapter import Adapter, LowRank
+from adapterx.adapter import SHIFT, Adapter, LowRank
+from adapterx.combination import combine
 from adapterx.errors import ModelError, OptionError, nearest
 from adapterx.formats import save_adapter
+from adapterx.graph.bases import find_bases
 from adapterx.graph.branches import Branch
 from adapterx.graph.load import ModelLike, check_model, load_model
-from adapterx.graph.ports import Masks, PortOptions, add_ports
-from adapterx.graph.rewire import bypass, rewire
+from adapterx.graph.ported import Origin, give_ports
+from adapterx.graph.ports import Masks, PortOptions, Ports
+from adapterx.graph.rewire import bypass, put_exported, rewire
 from adapterx.graph.save import save_model, staged
+from adapterx.graph.shapes import Shapes
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
-from adapterx.graph.view import linear
+from adapterx.graph.view import constant, linear
 from adapterx.graph.weights import read_diagonal
-from adapterx.manifest import KEY, MASK, Manifest, manifest_of
-from adapterx.ops import DOMAIN, VERSION, low_rank_add_function
-from adapterx.site import AdapterSite, SiteTable
+from adapterx.manifest import Manifest, SiteBase, manifest_of
+from adapterx.site import VECTORS, AdapterSite, SiteTable
 
 AdapterFormat = Literal["safetensors", "onnx_adapter", "npz"]
 
-_FUNCTION_IR_VERSION = 8
 _SAMPLES = 8
 _WIDEST = 4
 
@@ -145,6 +146,8 @@ def _read_adapters(finding: Finding, where: str) -> dict[str, Adapter]:
     by_name: dict[str, dict[str, LowRank]] = {}
     for found in finding.found:
         by_name.setdefault(found.site.adapter or "default", {})[found.site.name] = low_rank_of(found.branches[0])
+    for other in finding.others:
+        by_name.setdefault(other.site.adapter or "default", {})[other.site.name] = other.places[0].change
     source = {"source": where, "format": "onnx"}
     return {name: Adapter(sites, {**source, "adapter_name": name}) for name, sites in by_name.items()}
 
@@ -165,24 +168,22 @@ def low_rank_of(branch: Branch) -> LowRank:
         folded = b.astype(dtype)
     if np.isfinite(b).all() and not np.isfinite(folded.astype(np.float32)).all():
         raise ModelError(f"node {branch.b.node.name!r}: B times its scale {branch.scale:g} overflows {dtype.name}")
-    return LowRank(a=np.ascontiguousarray(branch.a.matrix().T.astype(dtype)), b=np.ascontiguousarray(folded))
+    parts = {}
+    if branch.bias is not None:
+        bias = constant(branch.bias)
+        assert bias is not None, "a branch's bias is constant"
+        parts[SHIFT] = (bias.numpy().astype(np.float32) * np.float32(branch.bias_scale)).astype(dtype).reshape(1, -1)
+    a = np.ascontiguousarray(branch.a.matrix().T.astype(dtype))
+    return LowRank(a=a, b=np.ascontiguousarray(folded), parts=parts)
 
 
 def _sum(adapters: list[Adapter]) -> Adapter:
     """The exact sum: ranks one after another. One adapter is itself."""
     if len(adapters) == 1:
         return adapters[0]
-    parts: dict[str, list[LowRank]] = {}
-    for adapter in adapters:
-        for name, low_rank in adapter.sites.items():
-            parts.setdefault(name, []).append(low_rank)
-    sites = {
-        name: LowRank(a=np.concatenate([p.a for p in members]), b=np.concatenate([p.b for p in members]))
-        for name, members in parts.items()
-    }
-    return Adapter(
-        sites, {**adapters[0].metadata, "adapter_name": "+".join(a.metadata["adapter_name"] for a in adapters)}
-    )
+    name = "+".join(adapter.metadata["adapter_name"] for adapter in adapters)
+    total = combine([(adapter, 1.0) for adapter in adapters])
+    return Adapter(total.sites, {**adapters[0].metadata, "adapter_name": name})
 
 
 def _rewrite(model: ir.Model, finding: Finding, options: PortOptions, fingerprint: str) -> Manifest:
@@ -190,35 +191,44 @@ def _rewrite(model: ir.Model, finding: Finding, options: PortOptions, fingerprin
     places: dict[str, list[Found]] = {}
     for found in finding.found:
         places.setdefault(found.site.name, []).append(found)
-    sites = SiteTable(_place(members) for members in places.values())
-    ranks = _x_ranks(model, [branch for found in finding.found for branch in found.branches])
-    pairs, packs = add_ports(model, sites, options)
-    masks = Masks(model, as_input=options.port != "external")
-    for site in sites:
-        first, *others = places[site.name]
+    others = {other.site.name: other for other in finding.others}
+    if both := sorted(others.keys() & places.keys()):
+        raise ModelError(
+            f"{both[0]} has adapters of two kinds, lora and {others[both[0]].site.kind}; export one at a time"
+        )
+    sites = SiteTable([*(_place(members) for members in places.values()), *(other.site for other in others.values())])
+    shapes = Shapes(model)
+    ranks = {branch: shapes.rank(branch.x) or 2 for found in finding.found for branch in found.branches}
+    required = frozenset(name for name, other in others.items() if any(p.trained or p.prompt for p in other.places))
+
+    def put(site: AdapterSite, ports: Ports, masks: Masks) -> None:
+        if site.name in others:
+            for exported in others[site.name].places:
+                put_exported(model, exported, site, ports, masks, shapes=shapes)
+            return
+        first, *rest = places[site.name]
         for branch in first.branches:
-            rewire(branch, pairs[site.name], masks.form(ranks[branch], branch.a.weight.dtype))
-        for found in others:
+            rewire(model, branch, site, ports, masks, rank=ranks[branch])
+        for found in rest:
             for branch in found.branches:
                 bypass(branch)
-    model.opset_imports[DOMAIN] = VERSION
-    function = low_rank_add_function(model.opset_imports[""])
-    model.functions[function.identifier()] = function
-    model.ir_version = max(model.ir_version, _FUNCTION_IR_VERSION)
-    manifest = Manifest(
-        sites=sites,
-        port=options.port,
-        dynamic_rank=options.dynamic_rank,
-        optional=options.optional,
-        fingerprint=fingerprint,
-        packs=packs,
-        mask=None if options.port == "external" else MASK,
-        location=options.location if options.port == "external" else None,
-        base_model=finding.base_model,
-        elsewhere=finding.absent,
-    )
-    model.metadata_props[KEY] = manifest.dumps()
-    return manifest
+
+    origin = Origin(fingerprint, finding.base_model, finding.absent, _bases(model, finding))
+    return give_ports(model, sites, dataclasses.replace(options, required=required), put, origin=origin)
+
+
+def _bases(model: ir.Model, finding: Finding) -> dict[str, SiteBase]:
+    """Where weight and bias of the sites lie that adapters of absolute parts can be lowered for."""
+    ops = {other.site.name: other.places[0].op for other in finding.others if set(other.site.ports) & VECTORS}
+    ops |= {f.site.name: f.branches[0].base_op for f in finding.found if set(f.site.ports) & VECTORS}
+    if not ops:
+        return {}
+    known = {base.op: base for base in find_bases(model)}
+    return {
+        name: SiteBase(known[op].weight, "" if (bias := known[op].bias) is None else bias.name or "")
+        for name, op in ops.items()
+        if op in known
+    }
 
 
 def _place(members: list[Found]) -> AdapterSite:
@@ -226,20 +236,6 @@ def _place(members: list[Found]) -> AdapterSite:
     rank = sum(found.site.rank for found in members)
     name = "+".join(found.site.adapter for found in members)
     return dataclasses.replace(members[0].site, rank=rank, adapter=name)
-
-
-def _x_ranks(model: ir.Model, branches: list[Branch]) -> dict[Branch, int]:
-    """How many dimensions each branch's operand has; 2 where nothing tells (the mask then enters as it is)."""
-    ranks = {branch: len(branch.x.shape) for branch in branches if branch.x.shape is not None}
-    missing = [branch for branch in branches if branch not in ranks]
-    if missing:
-        inferred = ShapeInferencePass()(model.clone()).model
-        shapes = {v.name: v.shape for graph in inferred.graphs() for node in graph for v in node.outputs}
-        shapes |= {value.name: value.shape for value in inferred.graph.inputs}
-        for branch in missing:
-            shape = shapes.get(branch.x.name)
-            ranks[branch] = 2 if shape is None else len(shape)
-    return ranks
 
 
 def base_fingerprint(finding: Finding) -> str:

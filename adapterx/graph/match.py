@@ -7,11 +7,11 @@ from collections import defaultdict
 
 import numpy as np
 
-from adapterx.adapter import Adapter, LowRank
+from adapterx.adapter import SHIFT, Adapter, LowRank
 from adapterx.errors import MismatchError, nearest
 from adapterx.graph.branches import Branch
 from adapterx.graph.quantized_linear import Codes
-from adapterx.site import AdapterSite, NameSource
+from adapterx.site import LOW_RANK, AdapterSite, NameSource
 
 Pair = tuple[Branch, AdapterSite]
 # Half types round once in the exporter's cast and once more when a scale is folded.
@@ -134,6 +134,7 @@ def site_of(branch: Branch, name: str, adapter: str, source: NameSource) -> Adap
         dtype=branch.a.weight.dtype.numpy().name,
         name_source=source,
         node=branch.join.name or "",
+        ports=LOW_RANK if branch.bias is None else (*LOW_RANK, SHIFT),
     )
 
 

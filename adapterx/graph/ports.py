@@ -1,4 +1,4 @@
-"""Ports: how the weights of a site come into the graph, as external initializers, inputs, or packed inputs."""
+"""Ports: how the tensors of a site come into the graph, as external initializers, inputs, or packed inputs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from adapterx.adapter import LORA_A, LORA_B, tensor_name
+from adapterx.adapter import LORA_A, LORA_B, PROMPT, tensor_name
 from adapterx.errors import ModelError
-from adapterx.manifest import MASK, Pack, Port
-from adapterx.site import AdapterSite
+from adapterx.manifest import MASK, ROW_MASK, Pack, Port
+from adapterx.site import LOW_RANK, AdapterSite
 
-Pair = tuple[ir.Value, ir.Value]
+# The values of one site, by the names of its ports (`lora_A`, `gain` ...).
+Ports = dict[str, ir.Value]
 
 _ONNX_NAMES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT", "float64": "DOUBLE"}
 
@@ -28,34 +29,41 @@ class PortOptions:
         dynamic_rank: the rank is symbolic, one symbol a site; else that of the exported adapter
         optional: inputs have a default that makes the site the base
         location: file name that external initializers point at
+        required: sites whose inputs have no default, since the graph has no base for them
     """
 
     port: Port
     dynamic_rank: bool
     optional: bool
     location: str
+    required: frozenset[str] = frozenset()
 
 
 def add_ports(
     model: ir.Model, sites: list[AdapterSite], options: PortOptions
-) -> tuple[dict[str, Pair], tuple[Pack, ...]]:
-    """Add a pair of values for every site, and say which of them are parts of packed inputs.
+) -> tuple[dict[str, Ports], tuple[Pack, ...]]:
+    """Add the values of every site, and say which of them are parts of packed inputs.
 
     Raises:
         ModelError: the model has an input or output of its own by the name of a port.
     """
-    names = [tensor_name(site.name, side) for site in sites for side in (LORA_A, LORA_B)]
-    _make_room(model, {*names, MASK})
-    packs = _packs(sites) if options.port == "packed" else ()
-    packed = {site for pack in packs for site in pack.sites}
-    pairs = {site.name: _pair(model, site, options) for site in sites if site.name not in packed}
+    names = [tensor_name(site.name, port) for site in sites for port in site.ports]
+    _make_room(model, {*names, MASK, ROW_MASK})
+    packs = _packs([s for s in sites if s.name not in options.required]) if options.port == "packed" else ()
+    packed = {(site, pack.side) for pack in packs for site in pack.sites}
     by_name = {site.name: site for site in sites}
-    halves: dict[str, dict[str, ir.Value]] = defaultdict(dict)
+    values: dict[str, Ports] = {site.name: {} for site in sites}
+    offset = 0
+    for site in sites:
+        for port in site.ports:
+            if (site.name, port) not in packed:
+                # In external mode the bytes are given at load; no two ports share a place, for tools that look.
+                made = values[site.name][port] = _port(model, site, port, options, offset=offset)
+                offset += 0 if made.const_value is None else made.const_value.nbytes
     for pack in packs:
         for member, value in _packed(model, pack, by_name, options).items():
-            halves[member][pack.side] = value
-    pairs |= {name: (sides[LORA_A], sides[LORA_B]) for name, sides in halves.items()}
-    return pairs, packs
+            values[member][pack.side] = value
+    return values, packs
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -68,29 +76,25 @@ def rank_symbol(site: str) -> str:
     return f"{site}.rank"
 
 
-def _pair(model: ir.Model, site: AdapterSite, options: PortOptions) -> Pair:
-    rank: int | str = rank_symbol(site.name) if options.dynamic_rank and options.port != "external" else site.rank
-    a = ir.Value(name=tensor_name(site.name, LORA_A), shape=ir.Shape([rank, site.d_in]))
-    b = ir.Value(name=tensor_name(site.name, LORA_B), shape=ir.Shape([rank, site.d_out]))
-    offset = 0
-    for value, width in ((a, site.d_in), (b, site.d_out)):
-        value.type = ir.TensorType(_dtype(site))
-        if options.port == "external":
-            # The bytes are given at load; offsets keep the tensors apart for tools that look.
-            length = site.rank * width * _dtype(site).itemsize
-            value.const_value = ir.ExternalTensor(
-                options.location,
-                offset,
-                int(length),
-                _dtype(site),
-                shape=ir.Shape([site.rank, width]),
-                name=value.name or "",
-            )
-            model.graph.register_initializer(value)
-        else:
-            default = (0 if options.dynamic_rank else site.rank, width)
-            _add_input(model, value, default if options.optional else None)
-    return a, b
+def _port(model: ir.Model, site: AdapterSite, port: str, options: PortOptions, *, offset: int) -> ir.Value:
+    name, rows, width, dtype = tensor_name(site.name, port), site.rows(port), site.width(port), onnx_dtype(site)
+    value = ir.Value(name=name, type=ir.TensorType(dtype))
+    if options.port == "external":
+        value.shape = ir.Shape([rows, *width])
+        length = int(rows * np.prod(width)) * dtype.itemsize
+        value.const_value = ir.ExternalTensor(
+            options.location, offset, int(length), dtype, shape=ir.Shape([rows, *width]), name=name
+        )
+        model.graph.register_initializer(value)
+        return value
+    dynamic = options.dynamic_rank and port != PROMPT
+    symbol = rank_symbol(site.name) if port in LOW_RANK else f"{site.name}.{port}.rows"
+    value.shape = ir.Shape([symbol if dynamic else rows, *width])
+    # A convolution to no channels at all is not defined alike everywhere: one of zeros does as well.
+    least = 1 if site.kernel and port in LOW_RANK else 0
+    optional = options.optional and site.name not in options.required
+    _add_input(model, value, (least if dynamic else rows, *width) if optional else None)
+    return value
 
 
 def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options: PortOptions) -> dict[str, ir.Value]:
@@ -98,7 +102,7 @@ def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options:
     first = sites[pack.sites[0]]
     width = first.d_in if pack.side == LORA_A else first.d_out
     rows = len(pack.sites) * first.rank
-    value = ir.Value(name=pack.name, type=ir.TensorType(_dtype(first)))
+    value = ir.Value(name=pack.name, type=ir.TensorType(onnx_dtype(first)))
     value.shape = ir.Shape([f"{pack.name}.rows" if options.dynamic_rank else rows, width])
     _add_input(model, value, ((0 if options.dynamic_rank else rows), width) if options.optional else None)
     if len(pack.sites) == 1:
@@ -112,7 +116,7 @@ def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options:
         output.name = tensor_name(site, pack.side)
         output.type = value.type
         output.shape = ir.Shape([rank_symbol(pack.name) if options.dynamic_rank else first.rank, width])
-    _prepend(model, [*nodes, split])
+    prepend(model, [*nodes, split])
     return dict(zip(pack.sites, split.outputs, strict=True))
 
 
@@ -140,7 +144,7 @@ def _equal_parts(model: ir.Model, value: ir.Value, count: int) -> list[ir.Node]:
 def _packs(sites: list[AdapterSite]) -> tuple[Pack, ...]:
     """Group sites by module type (the last part of the path); only types whose members have one shape are packed."""
     types: dict[str, list[AdapterSite]] = defaultdict(list)
-    for site in sites:
+    for site in (site for site in sites if set(LOW_RANK) <= set(site.ports) and not site.kernel):
         types[site.name.rpartition(".")[2]].append(site)
     packs = []
     for kind, members in types.items():
@@ -151,56 +155,83 @@ def _packs(sites: list[AdapterSite]) -> tuple[Pack, ...]:
 
 
 class Masks:
-    """The one mask input, and its forms for operands of other ranks and dtypes, each made once.
+    """The mask inputs, and their forms for operands of other ranks and dtypes, each made once.
 
-    ``adapter_mask`` is ``[n, R]``. A site whose ``x`` is ``[n, t, d_in]`` needs it as ``[n, 1, R]``.
+    ``adapter_mask`` is ``[n, R]``. A site whose ``x`` is ``[n, t, d_in]`` needs it as ``[n, 1, R]``, a convolution as
+    ``[n, R, 1, 1]``. ``adapter_row_mask`` ``[n, K]``, for gains and shifts, is there only once it was asked for.
     """
 
     def __init__(self, model: ir.Model, *, as_input: bool) -> None:
-        self._model = model
-        self._input = ir.Value(name=MASK, type=ir.TensorType(ir.DataType.FLOAT))
-        self._forms: dict[tuple[int, ir.DataType], ir.Value] = {}
-        if as_input:
-            self._input.shape = ir.Shape(["adapter_rows", "adapter_ranks"])
-            _add_input(model, self._input, (1, 1), fill=1.0)
-        else:
-            self._input.shape = ir.Shape([1, 1])
-            self._input.const_value = ir.tensor(np.ones((1, 1), np.float32), name=MASK)
-            model.graph.register_initializer(self._input)
+        self._model, self._as_input = model, as_input
+        self._inputs: dict[str, ir.Value] = {}
+        self._forms: dict[tuple[str, int, bool, ir.DataType], ir.Value] = {}
+        self._input(MASK)
 
-    def form(self, rank: int, dtype: ir.DataType) -> ir.Value:
-        """The mask for ``x`` of ``rank`` dimensions in ``dtype``."""
-        key = (rank, dtype)
+    @property
+    def row_mask(self) -> str | None:
+        """The name of the row mask input, if there is one."""
+        return ROW_MASK if ROW_MASK in self._inputs and self._as_input else None
+
+    def form(self, rank: int, dtype: ir.DataType, *, name: str = MASK, leading: bool = False) -> ir.Value:
+        """A mask for an operand of ``rank`` dimensions in ``dtype``.
+
+        Args:
+            rank: of the operand
+            dtype: of the operand
+            name: ``adapter_mask`` or ``adapter_row_mask``
+            leading: the mask's last axis meets the operand's second (the channels of a convolution), not its last
+        """
+        key = (name, rank, leading, dtype)
         if key not in self._forms:
             self._forms[key] = self._made(*key)
         return self._forms[key]
 
-    def _made(self, rank: int, dtype: ir.DataType) -> ir.Value:
-        value, nodes = self._input, []
-        name = f"{MASK}.{rank}d"
+    def _input(self, name: str) -> ir.Value:
+        if name in self._inputs:
+            return self._inputs[name]
+        value = self._inputs[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+        if self._as_input:
+            columns = "adapter_ranks" if name == MASK else "adapter_count"
+            value.shape = ir.Shape(["adapter_rows", columns])
+            _add_input(self._model, value, (1, 1), fill=1.0)
+        else:
+            value.shape = ir.Shape([1, 1])
+            value.const_value = ir.tensor(np.ones((1, 1), np.float32), name=name)
+            self._model.graph.register_initializer(value)
+        return value
+
+    def _made(self, name: str, rank: int, leading: bool, dtype: ir.DataType) -> ir.Value:
+        value, nodes = self._input(name), []
+        form = f"{name}.{rank}d" + ".leading" * leading
         if rank > 2:
-            nodes.append(self._reshaped("Unsqueeze", value, list(range(1, rank - 1)), name))
+            axes = list(range(2, rank)) if leading else list(range(1, rank - 1))
+            nodes.append(self._reshaped("Unsqueeze", value, axes, form))
             value = nodes[-1].outputs[0]
         elif rank == 1:
             # One row without a batch axis.
-            nodes.append(self._reshaped("Squeeze", value, [0], name))
+            nodes.append(self._reshaped("Squeeze", value, [0], form))
             value = nodes[-1].outputs[0]
         if dtype != ir.DataType.FLOAT:
-            name = f"{name}.{dtype.name.lower()}"
-            nodes.append(ir.node("Cast", [value], attributes={"to": dtype.value}, name=name))
+            form = f"{form}.{dtype.name.lower()}"
+            nodes.append(ir.node("Cast", [value], attributes={"to": dtype.value}, name=form))
             value = nodes[-1].outputs[0]
         if nodes:
-            value.name = name
-        _prepend(self._model, nodes)
+            value.name = form
+        prepend(self._model, nodes)
         return value
 
     def _reshaped(self, op_type: str, value: ir.Value, axes: list[int], name: str) -> ir.Node:
-        if self._model.opset_imports.get("", 1) < 13:
-            return ir.node(op_type, [value], attributes={"axes": axes}, name=name)
-        where = self._model.graph.initializers.get(f"{name}.axes")
-        if where is None:
-            where = _registered(self._model, ir.tensor(np.array(axes, np.int64), name=f"{name}.axes"))
-        return ir.node(op_type, [value, where], name=name)
+        return reshaped(self._model, op_type, value, axes, name=name)
+
+
+def reshaped(model: ir.Model, op_type: str, value: ir.Value, axes: list[int], *, name: str) -> ir.Node:
+    """A Squeeze or Unsqueeze, as the model's opset spells it; not yet in the graph."""
+    if model.opset_imports.get("", 1) < 13:
+        return ir.node(op_type, [value], attributes={"axes": axes}, name=name)
+    where = model.graph.initializers.get(f"{name}.axes")
+    if where is None:
+        where = _registered(model, ir.tensor(np.array(axes, np.int64), name=f"{name}.axes"))
+    return ir.node(op_type, [value, where], name=name)
 
 
 def _registered(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
@@ -211,7 +242,7 @@ def _registered(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _add_input(model: ir.Model, value: ir.Value, default: tuple[int, int] | None, *, fill: float = 0.0) -> None:
+def _add_input(model: ir.Model, value: ir.Value, default: tuple[int, ...] | None, *, fill: float = 0.0) -> None:
     model.graph.inputs.append(value)
     if default is not None:
         # ORT lets an initializer with an input's name stand in when the input is not fed. Rank 0 makes it a matrix
@@ -221,7 +252,8 @@ def _add_input(model: ir.Model, value: ir.Value, default: tuple[int, int] | None
         model.graph.register_initializer(value)
 
 
-def _prepend(model: ir.Model, nodes: Iterable[ir.Node]) -> None:
+def prepend(model: ir.Model, nodes: Iterable[ir.Node]) -> None:
+    """Put ``nodes`` in front of all others."""
     nodes = list(nodes)
     first = next(iter(model.graph), None)
     if first is None:
@@ -245,5 +277,6 @@ def _make_room(model: ir.Model, names: set[str]) -> None:
                 value.name = f"{value.name}.exported"
 
 
-def _dtype(site: AdapterSite) -> ir.DataType:
+def onnx_dtype(site: AdapterSite) -> ir.DataType:
+    """The element type of a site's ports."""
     return ir.DataType[_ONNX_NAMES[site.dtype]]

@@ -1,15 +1,21 @@
-"""Put one LowRankAdd where a branch met its base, and take the branch out. Private, in place: the graph comes first."""
+"""Put the ports of a site where a branch met its base, and take the branch out. Private, in place: graph first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
+from adapterx.adapter import INPUT_GAIN, PROMPT
 from adapterx.errors import ModelError
+from adapterx.graph.attach import Place, attached
 from adapterx.graph.branches import SKIP_NORMS, Branch
+from adapterx.graph.exported import Exported
+from adapterx.graph.ports import Masks, Ports
+from adapterx.graph.shapes import Shapes
 from adapterx.graph.view import MICROSOFT, is_op
-from adapterx.ops import DOMAIN, LOW_RANK_ADD, VERSION
+from adapterx.site import AdapterSite
 
 _NORMS = {
     "SkipLayerNormalization": "LayerNormalization",
@@ -17,33 +23,102 @@ _NORMS = {
 }
 
 
-def rewire(branch: Branch, ports: tuple[ir.Value, ir.Value], mask: ir.Value) -> None:
-    """Make ``branch.join`` a LowRankAdd that reads its weights from ``ports``.
+def rewire(model: ir.Model, branch: Branch, site: AdapterSite, ports: Ports, masks: Masks, *, rank: int) -> None:
+    """Let ``site``'s ports do what ``branch`` did.
 
     Args:
-        branch: in a graph that we may change
-        ports: values for ``a`` ``[r, d_in]`` and ``b`` ``[r, d_out]``
-        mask: broadcast-ready mask
+        model: that we may change
+        branch: in it
+        site: which of the ports there are
+        ports: their values
+        masks: made as they are needed
+        rank: dimensions of what the branch reads
     """
     base, before = _base_of(branch)
-    inputs = [base, branch.x, *ports, mask]
-    node = ir.node(LOW_RANK_ADD, inputs, domain=DOMAIN, version=VERSION, name=branch.join.name)
-    node.metadata_props.update(branch.join.metadata_props)
-    _put(branch, node, before)
+    nodes = attached(model, Place(base, branch.x, branch.base_op, rank), site, ports, masks)
+    nodes[-1].name = branch.join.name
+    nodes[-1].metadata_props.update(branch.join.metadata_props)
+    _put(branch, nodes, before)
 
 
 def bypass(branch: Branch) -> None:
     """Take ``branch`` out and put nothing in its place: another branch of the same site carries the port."""
     base, before = _base_of(branch)
-    _put(branch, ir.node("Identity", [base], name=branch.join.name), before)
+    _put(branch, [ir.node("Identity", [base], name=branch.join.name)], before)
 
 
-def _put(branch: Branch, node: ir.Node, before: list[ir.Node]) -> None:
-    """Let ``node`` give what the join gave, and remove what nothing reads any more."""
-    after, outputs = _after(branch.join, node.outputs[0])
-    _replace(branch.join, [*before, node, *after], outputs)
+def put_exported(
+    model: ir.Model, exported: Exported, site: AdapterSite, ports: Ports, masks: Masks, *, shapes: Shapes
+) -> None:
+    """Let ``site``'s ports do what an exported adapter of another kind than linear LoRA did."""
+    if exported.prompt is not None:
+        exported.prompt.replace_all_uses_with(ports[PROMPT])
+        _drop_initializer(exported.prompt)
+        return
+    base, op, x = exported.base, exported.op, exported.x
+    assert base is not None, "only a prompt has no base"
+    assert op is not None, "only a prompt has no operation"
+    assert x is not None, "an operation has an operand"
+    rank = shapes.rank(base) or 2
+    for value in exported.trained:
+        _zero(model, op, value)
+    join = exported.join
+    if join is not None and INPUT_GAIN in site.ports:
+        # It stood before the operation, which shall read its operand again.
+        join.outputs[0].replace_all_uses_with(x)
+        drop_dead([join])
+        join = None
+    users = [] if join is not None else list(base.uses())
+    nodes = attached(model, Place(base, x, op, rank), site, ports, masks)
+    if join is None:
+        put_after(base, nodes, users)
+        return
+    nodes[-1].name = join.name
+    nodes[-1].metadata_props.update(join.metadata_props)
+    operands = [producer for value in join.inputs if value is not None and (producer := value.producer()) is not None]
+    _replace(join, nodes, {0: nodes[-1].outputs[0]})
+    drop_dead([*operands, *exported.nodes])
+
+
+def put_after(base: ir.Value, nodes: Sequence[ir.Node], users: Iterable[tuple[ir.Node, int]]) -> None:
+    """Let ``users`` of ``base``, and whoever reads it as the model's output, read what ``nodes`` make of it."""
+    if not nodes:
+        return
+    producer, total = base.producer(), nodes[-1].outputs[0]
+    assert producer is not None, "the base operation gives its own result"
+    graph = producer.graph
+    assert graph is not None, "and lies in a graph"
+    total.type, total.shape = base.type, base.shape
+    if base.is_graph_output():
+        name, base.name = base.name, f"{base.name}/base"
+        total.name = name
+        graph.outputs[list(graph.outputs).index(base)] = total
+    graph.insert_after(producer, nodes)
+    for node, slot in users:
+        node.replace_input_with(slot, total)
+
+
+def _zero(model: ir.Model, op: ir.Node, value: ir.Value) -> None:
+    """Zeros in place of an input of ``op`` that holds what was trained in full."""
+    assert value.const_value is not None, "what was trained is a constant"
+    tensor = value.const_value
+    name = f"{value.name}.zeros"
+    if name not in model.graph.initializers:
+        zeros = ir.tensor(np.zeros(tensor.shape.numpy(), tensor.dtype.numpy()), name=name)
+        found = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=value.shape, const_value=zeros)
+        model.graph.register_initializer(found)
+    for slot, given in enumerate(op.inputs):
+        if given is value:
+            op.replace_input_with(slot, model.graph.initializers[name])
+    _drop_initializer(value)
+
+
+def _put(branch: Branch, nodes: list[ir.Node], before: list[ir.Node]) -> None:
+    """Let the last of ``nodes`` give what the join gave, and remove what nothing reads any more."""
+    after, outputs = _after(branch.join, nodes[-1].outputs[0])
+    _replace(branch.join, [*before, *nodes, *after], outputs)
     scaling = None if branch.delta is None else branch.delta.producer()
-    _drop_dead([branch.b.node, branch.a.node, *([scaling] if scaling is not None else [])])
+    drop_dead([branch.b.node, branch.a.node, *([scaling] if scaling is not None else [])])
 
 
 def _base_of(branch: Branch) -> tuple[ir.Value, list[ir.Node]]:
@@ -112,7 +187,7 @@ def _replace(join: ir.Node, nodes: Sequence[ir.Node], outputs: dict[int, ir.Valu
     ir.convenience.replace_nodes_and_values(graph, join, [join], nodes, old, new)
 
 
-def _drop_dead(nodes: Iterable[ir.Node]) -> None:
+def drop_dead(nodes: Iterable[ir.Node]) -> None:
     """Remove ``nodes`` and what only they used, as far as nothing else reads it."""
     queue = list(nodes)
     while queue:

@@ -18,6 +18,7 @@ from adapterx.graph.claims import Claim, claims_of
 from adapterx.graph.leftovers import leftovers
 from adapterx.graph.load import ModelLike, load_model
 from adapterx.graph.match import Pair, match_to_adapter, site_of
+from adapterx.graph.other_kinds import Other, find_others
 from adapterx.graph.paths import Paths
 from adapterx.graph.view import MICROSOFT, STANDARD, all_nodes, is_op
 from adapterx.manifest import manifest_of
@@ -42,6 +43,7 @@ class Finding:
 
     Args:
         found: named sites with their branches, in graph order
+        others: sites of other kinds than linear LoRA
         left: low-rank branches that nothing shows to be adapters
         unsupported: what speaks of adapters but cannot be taken as low-rank linear sites, in words
         absent: sites of the given adapter that this graph does not hold
@@ -53,11 +55,12 @@ class Finding:
     unsupported: tuple[str, ...]
     absent: tuple[str, ...] = ()
     base_model: str = ""
+    others: tuple[Other, ...] = ()
 
     @property
     def sites(self) -> SiteTable:
         """The sites alone."""
-        return SiteTable((found.site for found in self.found), left=self.unsupported)
+        return SiteTable([*(f.site for f in self.found), *(o.site for o in self.others)], left=self.unsupported)
 
 
 def find_sites(model: ModelLike, *, adapter: AdapterLike | None = None, structural: bool = False) -> SiteTable:
@@ -92,8 +95,10 @@ def find(
     model: ir.Model, *, adapter: AdapterLike | None = None, structural: bool = False, where: str = "model"
 ) -> Finding:
     """:func:`find_sites` on a loaded model, with the branches that a rewriter needs."""
-    branches = find_branches(model)
     paths = Paths.of(model)
+    others = find_others(model, paths)
+    theirs = {node for other in others for exported in other.places for node in exported.nodes}
+    branches = [branch for branch in find_branches(model) if branch.a.node not in theirs]
     claims = {branch: list(claims_of(branch)) for branch in branches}
     carriers = Counter(id(claim.carrier) for told in claims.values() for claim in told)
     identified = [(b, _identify(b, told, paths, carriers, strict=adapter is None)) for b, told in claims.items()]
@@ -113,9 +118,9 @@ def find(
     order = {branch: i for i, branch in enumerate(branches)}
     sites = _one_name(sites)
     sites.sort(key=lambda pair: order[pair[0]])
-    unsupported = (*leftovers(model, sites, paths), *(() if exported else _unnamed(sites, left)))
-    finding = Finding(_grouped(sites), tuple(left), unsupported, absent, base_model)
-    if not finding.found:
+    unsupported = (*leftovers(model, sites, paths, theirs), *(() if exported else _unnamed(sites, left)))
+    finding = Finding(_grouped(sites), tuple(left), unsupported, absent, base_model, tuple(others))
+    if not finding.sites:
         raise NoAdaptersFound(_nothing(model, finding, where))
     return finding
 

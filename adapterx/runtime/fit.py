@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
 import numpy as np
 
-from adapterx.adapter import Adapter, Array, LowRank
+from adapterx.adapter import PROMPT, WHOLE_WEIGHT, Adapter, Array, LowRank
 from adapterx.errors import MismatchError, nearest
 from adapterx.formats.onnx_adapter import model_version
+from adapterx.kinds import lowered, needs_weight, vera
 from adapterx.manifest import Manifest
+from adapterx.runtime.base_tensors import BaseTensors
 from adapterx.runtime.names import renaming
 from adapterx.runtime.split import fused_sites, split
 from adapterx.site import AdapterSite, by_name
@@ -29,14 +31,22 @@ class _Fault:
     cause: str
 
 
-def fit(adapter: Adapter, manifest: Manifest, *, name: str, allow_other_base: bool = False) -> Adapter:
-    """The adapter as this model takes it: the model's names, dtype and parts.
+def fit(
+    adapter: Adapter,
+    manifest: Manifest,
+    *,
+    name: str,
+    allow_other_base: bool = False,
+    bases: BaseTensors | None = None,
+) -> Adapter:
+    """The adapter as this model takes it: the model's names, dtype and parts, relative to its base.
 
     Args:
         adapter: what a reader made
         manifest: what the model says of itself
         name: what messages call the adapter
         allow_other_base: take an adapter although it says that it was made for another base
+        bases: the model's weights, for kinds whose arithmetic they are part of (DoRA, whole modules)
 
     Returns:
         ``adapter`` itself when nothing had to change. Arrays that need no cast are shared, not copied.
@@ -49,7 +59,30 @@ def fit(adapter: Adapter, manifest: Manifest, *, name: str, allow_other_base: bo
     here = [site for site in adapter.sites if site not in manifest.elsewhere]
     if here and len(here) < len(adapter.sites):
         adapter = Adapter({site: adapter.sites[site] for site in here}, adapter.metadata)
-    return _fitted(adapter, manifest.sites, name=name, fixed_rank=fixed_rank, faults=faults)
+    lower = functools.partial(_lowered, manifest=manifest, bases=bases)
+    fitting = _fitted(adapter, manifest.sites, name=name, fixed_rank=fixed_rank, faults=faults, lower=lower)
+    if lost := [site for site in manifest.required if site not in fitting.sites]:
+        faults = [_Fault(site, "adapter says nothing of it, and the model has no base there") for site in lost]
+        raise MismatchError(_message(name, faults, len(adapter.sites), [site.name for site in manifest.sites]))
+    return fitting
+
+
+def _lowered(change: LowRank, site: AdapterSite, *, manifest: Manifest, bases: BaseTensors | None) -> LowRank:
+    """``change`` beside this model's base; ValueError with the cause where that cannot be."""
+    base = manifest.bases.get(site.name)
+    if base is None or bases is None:
+        raise ValueError(
+            f"adapter brings {', '.join(sorted(change.parts))}, the model's site takes {', '.join(site.ports)}; "
+            "extract or inject the model for this kind of adapter"
+        )
+    if site.is_embedding and WHOLE_WEIGHT in change.parts:
+        turned = {**change.parts, WHOLE_WEIGHT: change.parts[WHOLE_WEIGHT].T}
+        change = LowRank(a=change.a, b=change.b, parts=turned)
+    weight = bases.weight(base) if needs_weight(change) else None
+    whole = change.parts.get(WHOLE_WEIGHT)
+    if weight is not None and whole is not None and whole.shape != weight.shape:
+        raise ValueError(f"adapter's weight is {whole.shape}, model's is {weight.shape}")
+    return lowered(change, weight, bases.bias(base))
 
 
 def _other_base(metadata: Mapping[str, str], manifest: Manifest) -> Iterator[str]:
@@ -98,11 +131,14 @@ def fitted(
         >>> fitted(Adapter({"fc": LowRank(a=np.ones((2, 4)), b=np.ones((2, 3)))}), [site]).sites["m.fc"].dtype
         dtype('float32')
     """
-    return _fitted(adapter, sites, name=name, fixed_rank=fixed_rank, faults=[])
+    return _fitted(adapter, sites, name=name, fixed_rank=fixed_rank, faults=[], lower=lambda change, _: change)
+
+
+_Lower = Callable[[LowRank, AdapterSite], LowRank]
 
 
 def _fitted(
-    adapter: Adapter, sites: Iterable[AdapterSite], *, name: str, fixed_rank: bool, faults: list[_Fault]
+    adapter: Adapter, sites: Iterable[AdapterSite], *, name: str, fixed_rank: bool, faults: list[_Fault], lower: _Lower
 ) -> Adapter:
     table = by_name(sites)
     fused = fused_sites(table)
@@ -111,8 +147,9 @@ def _fitted(
     for given, low_rank in adapter.sites.items():
         target = rename(given)
         parts = fused.get(target, (table[target],) if target in table else ())
-        causes = list(_causes(low_rank, parts, fixed_rank=fixed_rank)) if parts else ["no such site"]
-        faults.extend(_Fault(given, cause) for cause in causes or _place(found, parts, low_rank))
+        shaped = _shaped(low_rank, parts, adapter.metadata)
+        causes = list(_causes(shaped, parts, fixed_rank=fixed_rank)) if parts else ["no such site"]
+        faults.extend(_Fault(given, cause) for cause in causes or _place(found, parts, shaped, lower))
     if faults:
         raise MismatchError(_message(name, faults, len(adapter.sites), [*table, *fused]))
     unchanged = found.keys() == adapter.sites.keys() and all(found[s] is adapter.sites[s] for s in found)
@@ -131,31 +168,64 @@ def _by_shape(adapter: Adapter, table: Mapping[str, AdapterSite]) -> Callable[[s
     return lambda name: by_shape[adapter.sites[name].d_in, adapter.sites[name].d_out]
 
 
-def _place(found: dict[str, LowRank], parts: tuple[AdapterSite, ...], low_rank: LowRank) -> list[str]:
-    pieces = split(low_rank, [part.d_out for part in parts]) if len(parts) > 1 else [low_rank]
+def _shaped(change: LowRank, parts: tuple[AdapterSite, ...], metadata: Mapping[str, str]) -> LowRank:
+    """``change`` in the shape that only the model knows: VeRA's columns, the kernel that LoHa files flatten."""
+    if not parts or not change.rank:
+        return change
+    site = parts[0]
+    if metadata.get("peft_type") == "VERA":
+        return vera.cut(change, site.d_in)
+    if site.kernel and not change.kernel and change.d_in == site.d_in * int(np.prod(site.kernel)):
+        a = change.a.reshape(change.rank, site.d_in, *site.kernel)
+        return LowRank(a=a, b=change.b, parts=change.parts)
+    return change
+
+
+def _place(found: dict[str, LowRank], parts: tuple[AdapterSite, ...], change: LowRank, lower: _Lower) -> list[str]:
+    pieces = split(change, [part.d_out for part in parts]) if len(parts) > 1 else [change]
     causes = []
     for part, piece in zip(parts, pieces, strict=True):
-        cast = _cast(piece, part.dtype)
-        if part.name in found:
+        try:
+            relative = piece if piece.is_relative else lower(piece, part)
+        except ValueError as cause:
+            causes.append(str(cause))
+            continue
+        strange = [side for side, _ in relative.tensors() if side not in part.ports]
+        cast = _cast(relative, part.dtype)
+        if strange and relative.is_relative:
+            causes.append(
+                f"adapter brings {', '.join(strange)}, the model's site takes {', '.join(part.ports)}; "
+                "extract or inject the model for this kind of adapter"
+            )
+        elif part.name in found:
             causes.append(f"{part.name} is given twice")
         elif cast is None:
-            causes.append(f"finite {low_rank.dtype} values become infinite in the model's {part.dtype}")
+            causes.append(f"finite {change.dtype} values become infinite in the model's {part.dtype}")
         else:
             found[part.name] = cast
     return list(dict.fromkeys(causes))
 
 
-def _causes(low_rank: LowRank, parts: tuple[AdapterSite, ...], *, fixed_rank: bool) -> Iterator[str]:
+def _causes(change: LowRank, parts: tuple[AdapterSite, ...], *, fixed_rank: bool) -> Iterator[str]:
     d_in, d_out = parts[0].d_in, sum(part.d_out for part in parts)
-    if (low_rank.d_in, low_rank.d_out) != (d_in, d_out):
+    widths = (change.d_in, change.d_out)
+    if parts[0].is_embedding and WHOLE_WEIGHT in change.parts:
+        widths = widths[::-1]
+    # What a site of vectors only does not tell cannot be wrong.
+    if any(given and given != wanted for given, wanted in zip(widths, (d_in, d_out), strict=True)):
         wide = f"{d_out} ({' + '.join(str(part.d_out) for part in parts)})" if len(parts) > 1 else str(d_out)
-        shapes = f"adapter is {low_rank.a.shape} -> {low_rank.d_out}, model is {d_in} -> {wide}"
-        yield shapes + _transposed(low_rank, d_in, d_out)
+        given = f"{change.a.shape} -> {change.d_out}" if change.rank else f"{change.d_in} -> {change.d_out}"
+        yield f"adapter is {given}, model is {d_in} -> {wide}" + _transposed(change, d_in, d_out)
+    if change.rank and change.kernel != parts[0].kernel:
+        yield f"adapter has a kernel of {change.kernel}, model of {parts[0].kernel}"
     limit = min(part.rank for part in parts)
-    if fixed_rank and low_rank.rank > limit:
-        yield f"adapter has rank {low_rank.rank}, the model's port takes {limit}; extract with dynamic_rank=True"
-    if not _is_float(low_rank.dtype):
-        yield f"adapter is {low_rank.dtype}, model takes {parts[0].dtype}"
+    if fixed_rank and change.rank > limit:
+        yield f"adapter has rank {change.rank}, the model's port takes {limit}; extract with dynamic_rank=True"
+    prompt = change.parts.get(PROMPT)
+    if prompt is not None and len(prompt) != parts[0].rank:
+        yield f"adapter has {len(prompt)} virtual tokens, model has {parts[0].rank}"
+    if not _is_float(change.dtype):
+        yield f"adapter is {change.dtype}, model takes {parts[0].dtype}"
 
 
 def _transposed(low_rank: LowRank, d_in: int, d_out: int) -> str:
@@ -177,7 +247,9 @@ def _cast(low_rank: LowRank, dtype: str) -> LowRank | None:
     if low_rank.dtype == wanted:
         return low_rank
     a, b = _narrowed(low_rank.a, wanted), _narrowed(low_rank.b, wanted)
-    return None if a is None or b is None else LowRank(a=a, b=b)
+    parts = {name: _narrowed(part, wanted) for name, part in low_rank.parts.items()}
+    held = {name: part for name, part in parts.items() if part is not None}
+    return None if a is None or b is None or len(held) < len(parts) else LowRank(a=a, b=b, parts=held)
 
 
 def _narrowed(array: Array, dtype: np.dtype[np.generic]) -> Array | None:

@@ -11,10 +11,11 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from adapterx.adapter import Adapter
-from adapterx.errors import OptionError, UnknownAdapter, nearest
+from adapterx.errors import FeedError, OptionError, UnknownAdapter, nearest
 from adapterx.formats import load_adapter as read_adapter
 from adapterx.manifest import Manifest
 from adapterx.runtime.baked import BakedModels
+from adapterx.runtime.base_tensors import BaseTensors
 from adapterx.runtime.bound import Bound
 from adapterx.runtime.fed import FedModel
 from adapterx.runtime.fit import fit
@@ -75,6 +76,7 @@ class AdapterSession:
         host = Host(providers, provider_options, session_options)
         source = read_source(model, folder=entry(session_options, FOLDER_OPTION))
         self._manifest, self._allow_other_base = source.manifest, allow_other_base
+        self._bases = BaseTensors(source.graph, source.folder, source.where) if source.manifest.bases else None
         self._model = _runnable(source, host, max_sessions)
         self._generations = itertools.count(1)
         self._base = Resident(None, 0, self._model.tensors(None))
@@ -107,7 +109,7 @@ class AdapterSession:
 
         Raises:
             UnknownAdapter: no adapter of that name.
-            FeedError: feeds or output names that do not fit the model.
+            FeedError: feeds or output names that do not fit the model, or a model that has no base without an adapter.
         """
         resident = self._resident(adapter)
         outputs = self._signature.checked_outputs(output_names)
@@ -143,7 +145,7 @@ class AdapterSession:
                 "beginning with a letter or digit"
             )
         whole = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-        fitting = fit(whole, self._manifest, name=name, allow_other_base=self._allow_other_base)
+        fitting = fit(whole, self._manifest, name=name, allow_other_base=self._allow_other_base, bases=self._bases)
         tensors = self._model.tensors(fitting)
         with self._writing:
             resident = Resident(fitting, next(self._generations), tensors)
@@ -199,6 +201,12 @@ class AdapterSession:
         return list(self._signature.outputs.values())
 
     def _resident(self, name: str | None) -> Resident:
+        if name is None and self._manifest.required:
+            lost = ", ".join(self._manifest.required)
+            raise FeedError(
+                f"the model has no base to run: {lost} came with the exported adapter, whole. Name an adapter that has "
+                f"them; loaded: {', '.join(self._residents) or 'none'}"
+            )
         return self._base if name is None else self._found(name)
 
     def _found(self, name: str) -> Resident:

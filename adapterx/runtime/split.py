@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from adapterx.adapter import LowRank
+from adapterx.adapter import INPUT_GAIN, WHOLE_WEIGHT, Array, LowRank
 from adapterx.site import AdapterSite
 
 FUSED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -49,7 +49,15 @@ def split(low_rank: LowRank, widths: Iterable[int]) -> list[LowRank]:
     """
     parts, start = [], 0
     for width in widths:
-        parts.append(LowRank(a=low_rank.a, b=low_rank.b[:, start : start + width]))
+        columns = slice(start, start + width)
+        cut = {name: _cut(name, part, columns) for name, part in low_rank.parts.items()}
+        parts.append(LowRank(a=low_rank.a, b=low_rank.b[:, columns], parts=cut))
         start += width
     assert start == low_rank.d_out, "the caller checks that the parts' widths add up"
     return parts
+
+
+def _cut(name: str, part: Array, columns: slice) -> Array:
+    if name == INPUT_GAIN:
+        return part
+    return part[columns] if name == WHOLE_WEIGHT else part[:, columns]

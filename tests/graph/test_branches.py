@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx.parser
+import onnx.reference
 import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
@@ -11,6 +13,7 @@ from adapterx.errors import ModelError
 from adapterx.graph.branches import embedding_joins, find_branches
 from adapterx.graph.extract import extract_adapters
 from adapterx.graph.sites import find_sites
+from adapterx.runtime.session import AdapterSession
 from tests.graph.test_joins import FUSED_NORM, WEIGHTS, model
 
 LOW = "b = MatMul(x, W)\n l = MatMul(x, A)\n z = MatMul(l, B)\n"
@@ -66,15 +69,35 @@ def test_factors_whose_ranks_disagree_are_no_branch(monkeypatch):
     assert branches(f"{LOW} y = Add(b, z)") == []
 
 
-@pytest.mark.parametrize("body", [
-    "b = MatMul(x, W)\n l = Gemm(x, A)\n z = Gemm<alpha=2.0>(l, B, bias)\n y = Add(b, z)",
-    f"{LOW} q = Add(z, bias)\n d = Mul(q, s)\n y = Add(b, d)",
-    f"{LOW} q = Add(bias, z)\n y = Add(b, q)",
-])  # fmt: skip
-def test_a_bias_behind_b_is_noted_and_refused_by_name(body, tmp_path):
+@pytest.mark.parametrize(
+    ("body", "factor"),
+    [
+        ("b = MatMul(x, W)\n l = Gemm(x, A)\n z = Gemm<alpha=2.0>(l, B, bias)\n y = Add(b, z)", 1),
+        ("b = MatMul(x, W)\n l = Gemm(x, A)\n z = Gemm<alpha=2.0, beta=3.0>(l, B, bias)\n y = Add(b, z)", 3),
+        (f"{LOW} q = Add(z, bias)\n d = Mul(q, s)\n y = Add(b, d)", 2),
+        (f"{LOW} e = Mul(z, s)\n q = Add(bias, e)\n d = Mul(q, s)\n y = Add(b, d)", 2),
+        (f"{LOW} q = Add(bias, z)\n y = Add(b, q)", 1),
+    ],
+)
+def test_a_bias_behind_b_becomes_a_shift_times_the_factors_below_it(body, factor, tmp_path):
     assert branches(body)[0].bias.name == "bias"
-    with pytest.raises(ModelError, match="fc: lora_bias"):
-        extract_adapters(model(body), tmp_path / "out", make_inputs=True)
+    out = extract_adapters(model(body), tmp_path, make_inputs=True)
+    assert out.sites[0].ports == ("lora_A", "lora_B", "shift")
+    np.testing.assert_allclose(out.adapter.sites["fc"].parts["shift"][0], WEIGHTS["bias"] * factor)
+    session = AdapterSession(out.model_path, adapters={"a": out.adapter})
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": x}, adapter="a")[0], run_model(body, x), atol=1e-5)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ WEIGHTS["W"], atol=1e-5)
+
+
+def run_model(body, x):
+    return onnx.reference.ReferenceEvaluator(plain(model(body))).run(None, {"x": x})[0]
+
+
+def plain(proto):
+    """``proto`` without the domain that a reference evaluator does not know."""
+    del proto.opset_import[1:]
+    return proto
 
 
 @pytest.mark.parametrize(

@@ -149,15 +149,6 @@ def test_an_adapter_in_double_precision_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_branch_of_lora_bias_is_refused_by_name(tmp_path):
-    proto = model(
-        "b = MatMul(x, W)\n l = MatMul(x, A)\n z = MatMul(l, B)\n q = Add(z, bias)\n d = Mul(q, s)\n y = Add(b, d)"
-    )
-    with pytest.raises(ModelError, match="fc: lora_bias"):
-        extract_adapters(proto, tmp_path / "out", make_inputs=True)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_branch_scaled_by_a_vector_is_no_plain_lora_and_is_refused(tmp_path):
     proto = model("b = MatMul(x, W)\n l = MatMul(x, A)\n z = MatMul(l, B)\n d = Mul(z, gamma)\n y = Add(b, d)")
     with pytest.raises(NoAdaptersFound, match=r"lora_A\.default"):

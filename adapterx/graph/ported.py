@@ -1,0 +1,78 @@
+"""Give a graph its ports: inputs, masks, functions and the manifest; what extraction and injection have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from adapterx.graph.ports import Masks, PortOptions, Ports, add_ports
+from adapterx.manifest import KEY, MASK, Manifest, SiteBase
+from adapterx.ops import DOMAIN, VERSION, low_rank_add_function, row_vector_function
+from adapterx.site import VECTORS, AdapterSite, SiteTable
+
+FUNCTION_IR_VERSION = 8
+
+Put = Callable[[AdapterSite, Ports, Masks], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """What a manifest says beside its sites and ports.
+
+    Args:
+        fingerprint: of the base weights
+        base_model: what an adapter calls the base
+        elsewhere: sites that other files of the export hold
+        bases: weights and biases of sites that take gains and shifts
+    """
+
+    fingerprint: str = ""
+    base_model: str = ""
+    elsewhere: tuple[str, ...] = ()
+    bases: Mapping[str, SiteBase] = dataclasses.field(default_factory=dict)
+
+
+def give_ports(model: ir.Model, sites: SiteTable, options: PortOptions, put: Put, *, origin: Origin) -> Manifest:
+    """Change ``model`` in place: every site gets its ports, and ``put`` connects them.
+
+    Args:
+        model: that we may change
+        sites: one row a site
+        options: what kind of ports
+        put: called for each site with its values and the masks
+        origin: what else goes into the manifest
+
+    Returns:
+        The manifest, which the model now carries.
+    """
+    values, packs = add_ports(model, sites, options)
+    as_inputs = options.port != "external"
+    masks = Masks(model, as_input=as_inputs)
+    for site in sites:
+        put(site, values[site.name], masks)
+    opset = model.opset_imports[""]
+    functions = [low_rank_add_function(opset)]
+    if any(port in VECTORS for site in sites for port in site.ports):
+        functions.append(row_vector_function(opset))
+    model.opset_imports[DOMAIN] = VERSION
+    model.functions.update({function.identifier(): function for function in functions})
+    model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
+    manifest = Manifest(
+        sites=sites,
+        port=options.port,
+        dynamic_rank=options.dynamic_rank,
+        optional=options.optional,
+        fingerprint=origin.fingerprint,
+        packs=packs,
+        mask=MASK if as_inputs else None,
+        row_mask=masks.row_mask,
+        location=None if as_inputs else options.location,
+        base_model=origin.base_model,
+        elsewhere=origin.elsewhere,
+        required=tuple(site.name for site in sites if site.name in options.required),
+        bases=origin.bases,
+    )
+    model.metadata_props[KEY] = manifest.dumps()
+    return manifest
