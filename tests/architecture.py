@@ -26,6 +26,8 @@ BOTTOM = frozenset(
         "manifest",
         "ops",
         "fingerprint",
+        "fused",
+        "renaming",
         "base_weight",
         "grid",
         "packed_codes",

@@ -13,11 +13,11 @@ import numpy as np
 from adapterx.adapter import PROMPT, WHOLE_WEIGHT, Adapter, Array, LowRank
 from adapterx.errors import MismatchError, nearest
 from adapterx.formats.onnx_adapter import model_version
+from adapterx.fused import fused_sites, split
 from adapterx.kinds import lowered, needs_weight, vera
 from adapterx.manifest import Manifest
+from adapterx.renaming import renaming
 from adapterx.runtime.base_tensors import BaseTensors
-from adapterx.runtime.names import renaming
-from adapterx.runtime.split import fused_sites, split
 from adapterx.site import AdapterSite, by_name
 
 _SHOWN = 50
