@@ -78,6 +78,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["path"] = lambda name: markupsafe.escape(name).replace(".", markupsafe.Markup(".<wbr>"))
     environment.filters["fraction"] = lambda value: f"{value:.3f}".rstrip("0").rstrip(".")
     return environment.get_template("page.html")
 
@@ -85,8 +86,9 @@ def _template() -> jinja2.Template:
 def _facts(survey: Survey, rows: list[Row]) -> list[tuple[str, str]]:
     """What to know first, as label and text."""
     names = dict.fromkeys(name for row in rows for name in row.site.adapter.split("+") if name)
+    matched = sum(module.state == "matched" for module in survey.modules)
     facts = [
-        ("Sites", f"{len(rows)} of {len(survey.modules)} base operations"),
+        ("Sites", f"{matched} of {len(survey.modules)} base operations"),
         ("Rank", span(row.rank for row in rows)),
         ("Adapter weights", decimal(sum(row.nbytes for row in rows))),
         ("Element type", ", ".join(dict.fromkeys(row.site.dtype for row in rows))),
@@ -111,9 +113,9 @@ def _drawn(strip: Strip, ruler: Ruler, numbers: Mapping[int, int]) -> tuple[Stri
 
 
 def _cell(module: Module, ruler: Ruler, numbers: Mapping[int, int]) -> Cell:
-    ranks = "+".join(str(row.rank) for row in module.rows)
+    ranks = "+".join(str(row.rank or row.site.kind) for row in module.rows)
     text = f"{ranks or _SIGNS[module.state]}{' q' if module.storage else ''}"
-    words = [module.state, *([f"rank {ranks}"] if ranks else []), *filter(None, (module.storage, module.why))]
+    words = [module.state, *filter(None, (ranks and f"rank {ranks}", module.storage, module.why))]
     longest = max((value for row in module.rows if (value := ruler.value(row)) is not None), default=None)
     return Cell(
         look=f"{module.state} quantized" if module.storage else module.state,

@@ -85,9 +85,9 @@ def _strip(stack: str, layers: dict[tuple[int, ...], dict[str, Module]]) -> Stri
 
 
 def _short(tails: list[str]) -> list[str]:
-    """The last parts of each, as few as no other ends with."""
+    """The last parts of each, as few as no other ends with; a number alone says nothing."""
     ends = Counter(end for tail in tails for end in _ends(tail))
-    return [next((end for end in _ends(tail) if ends[end] == 1), tail) for tail in tails]
+    return [next((end for end in _ends(tail) if ends[end] == 1 and not _is_number(end)), tail) for tail in tails]
 
 
 def _ends(path: str) -> list[str]:

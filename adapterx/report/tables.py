@@ -27,11 +27,11 @@ _OWN = frozenset({"site", "module type", "sites", "in", "out", "rank", "size"})
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bar:
-    """A stroke from ``start`` to ``end`` with a tick at ``tick``, as parts of the longest."""
+    """A stroke from ``start`` to ``end``, as parts of the longest bar; that of a range has a tick at its median."""
 
-    start: float
-    tick: float
     end: float
+    start: float = 0.0
+    tick: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def sites_table(rows: Sequence[Row], ruler: Ruler) -> Table:
         Column("op", "code", [row.site.op for row in rows]),
         Column("in", "number", [str(row.site.d_in) for row in rows]),
         Column("out", "number", [str(row.site.d_out) for row in rows]),
-        Column("rank", "number", [str(row.rank) for row in rows]),
+        Column("rank", "number", [str(row.rank or DASH) for row in rows]),
         Column("scale", "number", [f"{row.site.scale:g}" for row in rows]),
         Column("dtype", "code", [row.site.dtype for row in rows]),
         Column("size", "number", [decimal(row.nbytes) for row in rows]),
@@ -91,7 +91,7 @@ def _norms(rows: Sequence[Row], ruler: Ruler) -> list[Column]:
         percents = figures([None if share is None else 100 * share for share in shares])
         columns.append(Column("‖Δ‖ / ‖W‖, %", "number", percents))
     lengths = [ruler.length(ruler.value(row)) for row in rows]
-    bars = [None if length is None else Bar(0.0, length, length) for length in lengths]
+    bars = [None if length is None else Bar(length) for length in lengths]
     return [*columns, Column(ruler.label, "bar", bars)]
 
 
@@ -125,9 +125,9 @@ def types_table(strips: Iterable[Strip], ruler: Ruler) -> Table | None:
 
 
 def span(sizes: Iterable[int]) -> str:
-    """From the least to the largest, or the one that there is."""
-    found = sorted(set(sizes))
-    return str(found[0]) if len(found) == 1 else f"{found[0]}{DASH}{found[-1]}"
+    """From the least to the largest, or the one that there is; a dash where there is none but zero."""
+    found = sorted(set(sizes) - {0})
+    return DASH.join(map(str, dict.fromkeys((found[0], found[-1])))) if found else DASH
 
 
 def _ranges(groups: list[list[Row]], ruler: Ruler) -> list[Column]:
@@ -135,13 +135,13 @@ def _ranges(groups: list[list[Row]], ruler: Ruler) -> list[Column]:
     values = [[value for row in rows if (value := ruler.value(row)) is not None] for rows in groups]
     if not ruler.top or not any(values):
         return []
-    spans = [(min(found), median(found), max(found)) if found else None for found in values]
+    spans = [(max(found), min(found), median(found)) if found else None for found in values]
     factor, unit = (100, ", %") if ruler.relative else (1, "")
     ends = [end for span in spans for end in (span or (None, None, None))]
     texts = figures([None if end is None else factor * end for end in ends])
-    names = (f"{ruler.label}{unit}: least", "median", "largest")
+    names = ((f"{ruler.label}{unit}: least", 1), ("median", 2), ("largest", 0))
     bars = [None if span is None else Bar(*(end / ruler.top for end in span)) for span in spans]
-    return [*(Column(n, "number", texts[i::3]) for i, n in enumerate(names)), Column(ruler.label, "bar", bars)]
+    return [*(Column(name, "number", texts[i::3]) for name, i in names), Column(ruler.label, "bar", bars)]
 
 
 def _table(id_: str, title: str, described: list[Column], measured: list[Column]) -> Table:
