@@ -9,20 +9,40 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from adapterx.adapter import Adapter
-from adapterx.errors import OptionError, nearest
-from adapterx.formats import npz, onnx_adapter, peft, peft_kinds, safetensors
-from adapterx.formats.detect import BY_SUFFIX, format_of
+from adapterx.errors import OptionError
+from adapterx.formats import (
+    diffusers,
+    diffusion,
+    kohya,
+    npz,
+    onnx_adapter,
+    peft,
+    peft_folder,
+    peft_kinds,
+    quantized,
+    safetensors,
+)
+from adapterx.formats.detect import Written, format_of, written_format
 from adapterx.formats.file_bytes import FileBytes
+from adapterx.formats.quantized import Quantization
 from adapterx.formats.tensor_table import Nonfinite, TensorTable, as_peft_writes, low_ranks
 from adapterx.limits import DEFAULT_LIMITS, Limits
 
 __all__ = ["Limits", "load_adapter", "save_adapter"]
 
 _READ = {"safetensors": safetensors.read, "onnx_adapter": onnx_adapter.read, "npz": npz.read}
-_WRITE = {"safetensors": safetensors.write, "onnx_adapter": onnx_adapter.write, "npz": npz.write}
+_WRITE: dict[Written, Callable[[Adapter, str | os.PathLike[str]], None]] = {
+    "safetensors": safetensors.write,
+    "onnx_adapter": onnx_adapter.write,
+    "npz": npz.write,
+    "peft": peft_folder.write,
+    "kohya": kohya.write,
+    "diffusers": diffusers.write,
+}
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 
 
@@ -35,7 +55,10 @@ def load_adapter(
     limits: Limits = DEFAULT_LIMITS,
     root: str | os.PathLike[str] | None = None,
 ) -> Adapter:
-    """Read an adapter: a PEFT folder, ``.safetensors``, ``.onnx_adapter`` or ``.npz``, told apart by content.
+    """Read an adapter: a PEFT folder, ``.safetensors`` of ours, kohya's or diffusers', ``.onnx_adapter`` or ``.npz``.
+
+    What it is, its content tells. Modules of a kohya file have no dots in their names: they become the names of sites
+    as they are, and a model's names when the adapter is fitted to it.
 
     Everything is checked before anything is returned, and nothing in a file is ever run. The tensors are read-only
     views of one buffer that holds the file's bytes: what happens to the file afterwards does not matter.
@@ -83,6 +106,9 @@ def load_adapter(
         if kind == "safetensors" and _is_peft(table, path):
             _refuse_pin(sha256, path)
             table, settings = peft.beside(table, path.parent, open_file, limits)
+        if kind == "safetensors" and settings is None and diffusion.speaks(table):
+            dialect, sites = diffusion.read(table, limits, nonfinite=nonfinite)
+            return Adapter(sites, {"source": str(path), "format": dialect})
     if settings is None:
         sites = low_ranks(table, limits, nonfinite=nonfinite)
         return Adapter(sites, {**table.metadata, "source": str(path), "format": kind})
@@ -93,27 +119,41 @@ def load_adapter(
     return Adapter(sites, {**settings.metadata, "source": str(path), "format": "peft"})
 
 
-def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """Write an adapter to ``.safetensors``, ``.onnx_adapter`` or ``.npz``, by suffix, whole or not at all.
+def save_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    format: Written | None = None,
+    quantize: Quantization | None = None,
+) -> None:
+    """Write an adapter, whole or not at all.
 
-    Reading it gives an equal adapter. Equal adapters of equal provenance give equal bytes.
+    Equal adapters of equal provenance give equal bytes. Reading ``.safetensors``, ``.onnx_adapter`` and ``.npz`` gives
+    an equal adapter; PEFT's, kohya's and diffusers' files mean the same, under names that these tools know.
 
     Args:
         adapter: what to write; its ``source`` is not
-        path: where; replaced if it exists
+        path: where; a file is replaced if it exists
+        format: ``None`` goes by the suffix: ``.safetensors``, ``.onnx_adapter``, ``.npz``, and without one, or where a
+            folder is, a PEFT folder. Else ``"safetensors"``, ``"onnx_adapter"``, ``"npz"``, ``"peft"``, ``"kohya"`` or
+            ``"diffusers"``
+        quantize: ``"int8"`` (a scale for each rank) or ``"int4"`` (for each 32 numbers); only for our ``.safetensors``
 
     Raises:
-        OptionError: another suffix.
-        FormatError: the format cannot hold this adapter (element type, size).
+        OptionError: another suffix or format, or another format than safetensors to quantize.
+        FormatError: the format cannot hold this adapter (element type, size, names, kind).
         OSError: no such folder, no permission, disk full; what was there before is still there.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in BY_SUFFIX:
+    kind = written_format(path, format)
+    quantized.check(quantize)
+    if quantize is None:
+        _WRITE[kind](adapter, path)
+        return
+    if kind != "safetensors":
         raise OptionError(
-            f"{path}: the suffix {suffix!r} is no format that is written; "
-            f"expected one of {', '.join(BY_SUFFIX)}{nearest(suffix, BY_SUFFIX)}"
+            f"{path}: quantize={quantize!r} is stored in .safetensors files of adapterx only, not in {kind}"
         )
-    _WRITE[BY_SUFFIX[suffix]](adapter, path)
+    safetensors.write(adapter, path, quantize=quantize)
 
 
 def _is_peft(table: TensorTable, path: Path) -> bool:

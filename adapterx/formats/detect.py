@@ -1,13 +1,16 @@
-"""Which format a file has, by what is in it: names lie."""
+"""Which format a file has, by what is in it: names lie. And which one is to be written, by its name."""
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from pathlib import Path
+from typing import Literal, cast, get_args
 
-from adapterx.errors import FormatError
+from adapterx.errors import FormatError, OptionError, nearest
 from adapterx.formats.file_bytes import FileBytes
 
 Format = Literal["safetensors", "onnx_adapter", "npz"]
+Written = Literal["safetensors", "onnx_adapter", "npz", "peft", "kohya", "diffusers"]
 
 BY_SUFFIX: dict[str, Format] = {".safetensors": "safetensors", ".onnx_adapter": "onnx_adapter", ".npz": "npz"}
 PICKLE_ADVICE = (
@@ -50,4 +53,29 @@ def format_of(file: FileBytes) -> Format:
     raise FormatError(
         f"{file.path}: no adapter file, it begins with {head[:8]!r}; expected .safetensors, .onnx_adapter, .npz or a "
         "PEFT folder"
+    )
+
+
+def written_format(path: str | os.PathLike[str], given: str | None = None) -> Written:
+    """The format to write: the one that is given, else that of the suffix. A folder, or no suffix, is PEFT's.
+
+    Raises:
+        OptionError: no such format, or a suffix that is none.
+    """
+    path = Path(path)
+    known = get_args(Written)
+    if given is not None:
+        if given not in known:
+            raise OptionError(
+                f"format={given!r} is no format; expected one of {', '.join(known)}{nearest(given, known)}"
+            )
+        return cast(Written, given)
+    suffix = path.suffix.lower()
+    if suffix in BY_SUFFIX and not path.is_dir():
+        return BY_SUFFIX[suffix]
+    if not suffix or path.is_dir():
+        return "peft"
+    raise OptionError(
+        f"{path}: the suffix {suffix!r} is no format that is written; expected one of {', '.join(BY_SUFFIX)}, or none "
+        f"for a PEFT folder{nearest(suffix, BY_SUFFIX)}"
     )

@@ -18,10 +18,20 @@ COMPONENTS = {
     "lora_transformer_": "transformer",
     "lora_prior_unet_": "prior",
     "lora_prior_te_": "prior_text_encoder",
+    # LyCORIS on any model.
+    "lycoris_": "",
 }
 # Names of the models of a pipeline, as the first part of a dotted path. A "transformer" may also be a language model's.
-PIPELINE = (*dict.fromkeys(COMPONENTS.values()), "diffusion_model")
+PIPELINE = (*filter(None, dict.fromkeys(COMPONENTS.values())), "diffusion_model")
+FLAT_ADVICE = "underscores stand for the dots of its module path; convert it for a model, which tells where they were"
 
+# First parts of paths that only one model of a pipeline has.
+_ROOTS = {
+    **dict.fromkeys(("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"), "unet"),
+    **dict.fromkeys(("time_embedding", "add_embedding"), "unet"),
+    **dict.fromkeys(("text_model", "text_projection"), "text_encoder"),
+    **dict.fromkeys(("transformer_blocks", "single_transformer_blocks"), "transformer"),
+}
 _RESNET = {
     "in_layers_0": "norm1",
     "in_layers_2": "conv1",
@@ -56,6 +66,17 @@ def is_flattened(name: str) -> bool:
 def prefix_of(name: str) -> str:
     """The known prefix of a flattened name, ``""`` when it has none."""
     return next((prefix for prefix in COMPONENTS if name.startswith(prefix) and len(name) > len(prefix)), "")
+
+
+def in_pipeline(path: str) -> tuple[str, str]:
+    """The model of a pipeline that a dotted path is in, and the path in that model; ``""`` where nothing tells.
+
+    Example:
+        >>> in_pipeline("unet.conv_in"), in_pipeline("conv_in"), in_pipeline("lm_head")
+        (('unet', 'conv_in'), ('unet', 'conv_in'), ('', 'lm_head'))
+    """
+    first, _, rest = path.partition(".")
+    return (first, rest) if first in PIPELINE and rest else (_ROOTS.get(first, ""), path)
 
 
 def flattened(path: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from adapterx.adapter import (
     Array,
     LowRank,
 )
-from adapterx.atomic import Buffer, replacing
+from adapterx.atomic import Buffer, new_folder, replacing
 from adapterx.formats import peft_config, safetensors
 from adapterx.formats.faults import Faults
-from adapterx.formats.flattened import is_flattened
+from adapterx.formats.flattened import FLAT_ADVICE, is_flattened
 from adapterx.formats.peft import WEIGHTS
 from adapterx.formats.tensor_table import PREFIX, tensors_to_write
 
@@ -55,25 +56,22 @@ def write(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
         OSError: no permission, disk full.
     """
     folder = Path(folder)
-    tensors = [name for name, _ in tensors_to_write(adapter.sites, str(folder))]
-    assert tensors, "an adapter has sites"
+    # Its checks come before its first tensor.
+    next(tensors_to_write(adapter.sites, str(folder)))
     config = _config(adapter, str(folder))
-    new = not folder.exists()
-    folder.mkdir(exist_ok=True)
-    try:
-        # Both are complete before either takes its place.
-        with replacing(folder / WEIGHTS) as weights, replacing(folder / peft_config.NAME) as text:
-            for piece in _weights(adapter, config):
-                weights.write(piece)
-            text.write(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
-    except BaseException:
-        if new:
-            folder.rmdir()
-        raise
+    # Both are complete before either takes its place.
+    with (
+        contextlib.nullcontext(folder) if folder.is_dir() else new_folder(folder) as place,
+        replacing(place / WEIGHTS) as weights,
+        replacing(place / peft_config.NAME) as text,
+    ):
+        for piece in _weights(adapter, config):
+            weights.write(piece)
+        text.write(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _weights(adapter: Adapter, config: Mapping[str, Any]) -> Iterator[Buffer]:
-    tensors = _ia3_tensors(adapter.sites) if config["peft_type"] == "IA3" else _lora_tensors(adapter.sites, config)
+    tensors = _ia3_tensors(adapter.sites) if config["peft_type"] == "IA3" else lora_tensors(adapter.sites, config)
     return safetensors.pieces(((PREFIX + name, np.ascontiguousarray(t)) for name, t in tensors), {"format": "pt"})
 
 
@@ -81,45 +79,46 @@ def _config(adapter: Adapter, where: str) -> dict[str, Any]:
     faults = Faults(where)
     for site in adapter.sites:
         if is_flattened(site):
-            faults.add(
-                site, "dots of its module path were replaced by underscores; convert it for a model that tells them"
-            )
-    parts = {name for change in adapter.sites.values() for name in change.parts}
-    kind = "IA3" if parts & _GAINS else "LORA"
-    for site, change in adapter.sites.items():
-        cause = _ia3_cause(change) if kind == "IA3" else _lora_cause(change, dora=MAGNITUDE in parts)
-        if cause:
-            faults.add(site, cause)
+            faults.add(site, FLAT_ADVICE)
+    is_ia3 = any(_GAINS & change.parts.keys() for change in adapter.sites.values())
+    for site, cause in (_ia3_faults if is_ia3 else lora_faults)(adapter.sites):
+        faults.add(site, cause)
     faults.refuse("this adapter is none that PEFT has", advice="Nothing was written. Write it as .safetensors.")
     common = {
         "base_model_name_or_path": adapter.metadata.get("base_model"),
         "inference_mode": True,
-        "peft_type": kind,
+        "peft_type": "IA3" if is_ia3 else "LORA",
         "revision": adapter.metadata.get("revision"),
         "task_type": adapter.metadata.get("task_type"),
     }
-    return common | (_ia3_config(adapter.sites) if kind == "IA3" else _lora_config(adapter.sites, parts))
+    return common | (_ia3_config if is_ia3 else lora_config)(adapter.sites)
 
 
-def _lora_cause(change: LowRank, *, dora: bool) -> str:
-    if set(change.parts) - {SHIFT, *ABSOLUTE}:
-        return "a prompt, which stands in no PEFT adapter beside other sites"
-    if not change.rank and SHIFT in change.parts:
-        return "a shift without matrices, which PEFT does not know"
-    if change.rank and WHOLE_WEIGHT in change.parts:
-        return "a whole weight and matrices at one module"
-    if dora and change.rank and MAGNITUDE not in change.parts:
-        return "it has no magnitude, as other sites have; PEFT's use_dora is for all"
-    return "a magnitude and a shift at one module, which PEFT refuses" if dora and SHIFT in change.parts else ""
+def lora_faults(sites: Mapping[str, LowRank]) -> Iterator[tuple[str, str]]:
+    """Sites that cannot stand in one LoRA adapter of PEFT, and why."""
+    dora = any(MAGNITUDE in change.parts for change in sites.values())
+    for site, change in sites.items():
+        if set(change.parts) - {SHIFT, *ABSOLUTE}:
+            yield site, "a prompt, which stands in no PEFT adapter beside other sites"
+        elif not change.rank and SHIFT in change.parts:
+            yield site, "a shift without matrices, which PEFT does not know"
+        elif change.rank and WHOLE_WEIGHT in change.parts:
+            yield site, "a whole weight and matrices at one module"
+        elif dora and change.rank and MAGNITUDE not in change.parts:
+            yield site, "it has no magnitude, as other sites have; PEFT's use_dora is for all"
+        elif dora and SHIFT in change.parts:
+            yield site, "a magnitude and a shift at one module, which PEFT refuses"
 
 
-def _ia3_cause(change: LowRank) -> str:
-    if change.rank or len(change.parts) != 1 or not _GAINS & change.parts.keys():
-        return f"not just one gain as in (IA)3, but {', '.join(name for name, _ in change.tensors())}"
-    return ""
+def _ia3_faults(sites: Mapping[str, LowRank]) -> Iterator[tuple[str, str]]:
+    for site, change in sites.items():
+        if change.rank or len(change.parts) != 1 or not _GAINS & change.parts.keys():
+            yield site, f"not just one gain as in (IA)3, but {', '.join(name for name, _ in change.tensors())}"
 
 
-def _lora_config(sites: Mapping[str, LowRank], parts: Collection[str]) -> dict[str, Any]:
+def lora_config(sites: Mapping[str, LowRank]) -> dict[str, Any]:
+    """What PEFT's ``LoraConfig`` takes for sites whose scale is folded in."""
+    parts = {name for change in sites.values() for name in change.parts}
     ranks = {site: change.rank for site, change in sites.items() if change.rank}
     common = collections.Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     # PEFT matches the end of a name, so that "q" would fit "a.q" too; an anchor in front is respected.
@@ -145,7 +144,8 @@ def _lora_config(sites: Mapping[str, LowRank], parts: Collection[str]) -> dict[s
     }
 
 
-def _lora_tensors(sites: Mapping[str, LowRank], config: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
+def lora_tensors(sites: Mapping[str, LowRank], config: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
+    """The tensors by PEFT's names, without its prefix; ``config`` is that of :func:`lora_config`."""
     for site, change in sites.items():
         if site.rpartition(".")[2] in EMBEDDINGS and change.rank:
             yield f"{site}.lora_embedding_A", change.a

@@ -18,11 +18,13 @@ import numpy as np
 from adapterx.adapter import Adapter, Array
 from adapterx.atomic import Buffer, atomic_write
 from adapterx.errors import FormatError
+from adapterx.formats import quantized
 from adapterx.formats.dtypes import BY_DTYPE, BY_SAFETENSORS
 from adapterx.formats.faults import Faults
 from adapterx.formats.file_bytes import FileBytes
 from adapterx.formats.finite import all_finite
 from adapterx.formats.json_text import json_object
+from adapterx.formats.quantized import Quantization
 from adapterx.formats.tensor_table import Layout, TensorTable, tensors_to_write
 from adapterx.limits import Limits
 
@@ -30,8 +32,14 @@ MARK = "adapterx"
 VERSION = "1"
 
 # What an Adapter says of where it lay; another file is another place, and equal adapters shall be equal files.
-_NOT_WRITTEN = {"source", "format", "format_version"}
+_NOT_WRITTEN = {"source", "format", "format_version", quantized.KEY, quantized.SHAPES}
+_OTHERS = {"I8": "int8", "U8": "uint8", "F64": "float64", "I64": "int64", "I32": "int32"}
 _ADVICE = "The file is broken: download or export it again."
+_CODES = {np.dtype(name): code for code, name in _OTHERS.items()} | {
+    k: kind.safetensors for k, kind in BY_DTYPE.items()
+}
+# Beside adapters' own types: what codes are stored in, and what some tools write a kohya file's alpha in.
+_READ = BY_SAFETENSORS | {code: np.dtype(name) for code, name in _OTHERS.items()}
 _Entry = tuple[str, np.dtype[Any], tuple[int, ...], int, int]
 
 
@@ -56,7 +64,7 @@ def read(file: FileBytes, limits: Limits) -> TensorTable:
     Raises:
         FormatError: the header is no valid JSON, names a tensor twice, or does not account for each byte once.
     """
-    found = header(file, limits)
+    found = header(file, limits, _READ)
     start, entries = found.start, found.entries
     kinds = {dtype for _, dtype, _, _, _ in entries}
     finite = len(kinds) == 1 and file.filled == start
@@ -68,7 +76,10 @@ def read(file: FileBytes, limits: Limits) -> TensorTable:
     arrays: dict[str, Array] = {
         name: np.ndarray(shape, dtype, buffer=data, offset=start + begin) for name, dtype, shape, begin, _ in entries
     }
-    layout: Layout = "rank_first" if found.metadata.get("format") == MARK else "by_shape"
+    ours = found.metadata.get("format") == MARK
+    if ours and quantized.KEY in found.metadata:
+        arrays, finite = quantized.dequantized(arrays, found.metadata, where=str(file.path)), False
+    layout: Layout = "rank_first" if ours else "by_shape"
     return TensorTable(str(file.path), arrays, found.metadata, layout, finite)
 
 
@@ -92,29 +103,40 @@ def header(file: FileBytes, limits: Limits, types: Mapping[str, np.dtype[Any]] =
     return Header(start, _entries(file, raw, limits, types, data_bytes=file.size - start), metadata)
 
 
-def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+def write(adapter: Adapter, path: str | os.PathLike[str], *, quantize: Quantization | None = None) -> None:
     """Write ``adapter``; equal adapters with equal provenance give equal bytes.
+
+    Args:
+        adapter: what to write
+        path: replaced if it exists
+        quantize: store both matrices of each site as :mod:`adapterx.formats.quantized` says
 
     Raises:
         FormatError: an element type that the format does not have, or a rank of 0.
     """
     kept = {key: adapter.metadata[key] for key in sorted(adapter.metadata) if key not in _NOT_WRITTEN}
+    metadata = {"format": MARK, "format_version": VERSION, **kept}
     tensors = tensors_to_write(adapter.sites, str(path))
-    atomic_write(path, pieces(tensors, {"format": MARK, "format_version": VERSION, **kept}))
+    if quantize is not None:
+        # Its checks come before its first tensor.
+        next(tensors)
+        codes, told = quantized.stored(adapter, quantize)
+        tensors, metadata = iter(codes.items()), metadata | told
+    atomic_write(path, pieces(tensors, metadata))
 
 
 def pieces(tensors: Iterable[tuple[str, Array]], metadata: Mapping[str, str]) -> Iterator[Buffer]:
     """A safetensors file, piece by piece: the tensors by falling element size, then by name.
 
     Args:
-        tensors: C-contiguous, of types in :data:`adapterx.formats.dtypes.TYPES`
+        tensors: C-contiguous, of types that files of ours have
         metadata: what the file says of itself
     """
     ordered = sorted(tensors, key=lambda named: (-named[1].dtype.itemsize, named[0]))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, array in ordered:
-        code = BY_DTYPE[array.dtype].safetensors
+        code = _CODES[array.dtype]
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

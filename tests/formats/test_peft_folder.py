@@ -170,7 +170,7 @@ def test_what_no_peft_adapter_is_is_refused_and_nothing_is_written(
 
 
 def test_flattened_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ax.FormatError, match="lora_unet_mid_block_to_q: dots of its module path"):
+    with pytest.raises(ax.FormatError, match="lora_unet_mid_block_to_q: underscores stand for the dots"):
         peft_folder.write(ax.Adapter({"lora_unet_mid_block_to_q": low_rank(4, 6)}), tmp_path / "p")
 
 

@@ -1,0 +1,169 @@
+"""Adapter weights in int8 or int4, as our safetensors files hold them: whole numbers and a scale for each row or group.
+
+    value = code * scale        codes are symmetric: -127 ... 127 or -7 ... 7, scales fp32
+
+``int8``: ``<name>`` int8 in the tensor's own shape, ``<name>.scale`` ``[r]``, one scale a rank: both matrices lie with
+the rank first, so a rank of ``a`` and one of ``b`` each have the range that they need.
+
+``int4``: ``<name>`` uint8 ``[r, ceil(n / 2)]``, two codes a byte, the low nibble first, in two's complement;
+``<name>.scale`` ``[r, ceil(n / 32)]``, one scale for 32 numbers of a rank. ``n`` counts the numbers of a rank, a
+convolution's kernel included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from adapterx.adapter import LORA_A, LORA_B, Adapter, Array, LowRank
+from adapterx.errors import FormatError, OptionError, nearest
+from adapterx.formats.faults import Faults
+from adapterx.formats.json_text import json_object
+
+Quantization = Literal["int8", "int4"]
+
+# Keys of a file's metadata: which of the two, and as JSON the shapes that codes in bytes do not tell.
+KEY, SHAPES = "quantized", "quantized_shapes"
+SCALE = ".scale"
+GROUP = 32
+_GREATEST = {"int8": 127, "int4": 7}
+_ADVICE = "Nothing was loaded. Convert the adapter again."
+
+
+def check(quantize: str | None) -> None:
+    """Refuse what is no quantization.
+
+    Raises:
+        OptionError: anything but ``None`` and the two.
+    """
+    if quantize is not None and quantize not in _GREATEST:
+        known = get_args(Quantization)
+        hint = nearest(str(quantize), known)
+        raise OptionError(f"quantize={quantize!r} is no option; expected {' or '.join(map(repr, known))}{hint}")
+
+
+def stored(adapter: Adapter, quantization: Quantization) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a file, by name, and its metadata. Parts other than the two matrices stay as they are.
+
+    Args:
+        adapter: of finite values
+        quantization: of both matrices of every site
+    """
+    tensors: dict[str, Array] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, array in adapter.tensors():
+        if not name.endswith((f".{LORA_A}.weight", f".{LORA_B}.weight")):
+            tensors[name] = array
+            continue
+        codes, scale = _codes(array, quantization)
+        tensors[name], tensors[name + SCALE] = codes, scale
+        if quantization == "int4" and array.shape != (len(codes), 2 * codes.shape[1]):
+            shapes[name] = list(array.shape)
+    metadata = {KEY: quantization} | ({SHAPES: json.dumps(shapes)} if shapes else {})
+    return tensors, metadata
+
+
+def quantized(adapter: Adapter, quantization: Quantization) -> Adapter:
+    """``adapter`` with the values that a file of it would give back, in float32."""
+    tensors, metadata = stored(adapter, quantization)
+    values = dequantized(tensors, metadata, where="the adapter")
+    sites = {}
+    for site, change in adapter.sites.items():
+        a, b = (values.get(f"{site}.{side}.weight") for side in (LORA_A, LORA_B))
+        parts = {part: array.astype(np.float32) for part, array in change.parts.items()}
+        sites[site] = LowRank.of_parts(parts) if a is None or b is None else LowRank(a=a, b=b, parts=parts)
+    return Adapter(sites, adapter.metadata)
+
+
+def dequantized(arrays: Mapping[str, Array], metadata: Mapping[str, str], *, where: str) -> dict[str, Array]:
+    """The tensors of a quantized file as float32.
+
+    Args:
+        arrays: as the file holds them
+        metadata: what it says of itself, with :data:`KEY`
+        where: its name for messages
+
+    Raises:
+        FormatError: another quantization, a scale that is missing or misshapen, or is no fp32: all at once.
+    """
+    quantization = metadata[KEY]
+    if quantization not in _GREATEST:
+        raise FormatError(f"{where}: its weights are {quantization[:20]!r}; {' and '.join(_GREATEST)} are read")
+    shapes = json_object(metadata.get(SHAPES, "{}").encode(), where=f"{where} ({SHAPES})", depth=3)
+    faults = Faults(where)
+    found: dict[str, Array] = {}
+    for name, array in arrays.items():
+        scale = arrays.get(name + SCALE)
+        if scale is None:
+            if not (name.endswith(SCALE) and name.removesuffix(SCALE) in arrays):
+                found[name] = array.astype(np.float32)
+            if array.dtype.kind in "iu":
+                faults.add(name, f"it is {array.dtype}, and its {name}{SCALE} is missing")
+            continue
+        try:
+            found[name] = _values(array, scale, quantization, shapes.get(name))
+        except ValueError as cause:
+            faults.add(name, str(cause))
+    faults.refuse("not a sound quantized adapter", advice=_ADVICE)
+    return found
+
+
+def _codes(array: Array, quantization: str) -> tuple[Array, Array]:
+    rank, greatest = len(array), _GREATEST[quantization]
+    rows = array.reshape(rank, -1).astype(np.float32)
+    if quantization == "int8":
+        scale = np.abs(rows).max(axis=1) / np.float32(greatest)
+        return _rounded(rows, scale[:, None]).reshape(array.shape), scale
+    groups = _grouped(rows)
+    scale = np.abs(groups).max(axis=2) / np.float32(greatest)
+    codes = _rounded(groups, scale[:, :, None]).reshape(rank, -1)[:, : rows.shape[1] + rows.shape[1] % 2]
+    nibbles = (codes & 0xF).astype(np.uint8)
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4, scale
+
+
+def _grouped(rows: Array) -> Array:
+    """``[r, groups, 32]``, filled up with zeros."""
+    rank, width = rows.shape
+    filled = np.zeros((rank, -(-width // GROUP) * GROUP), rows.dtype)
+    filled[:, :width] = rows
+    return filled.reshape(rank, -1, GROUP)
+
+
+def _rounded(values: Array, scale: Array) -> Array:
+    # A row of zeros has the scale 0, and codes of 0.
+    with np.errstate(invalid="ignore"):
+        codes = np.rint(np.divide(values, scale, out=np.zeros_like(values), where=scale != 0))
+    return codes.astype(np.int8)
+
+
+def _values(codes: Array, scale: Array, quantization: str, shape: Any) -> Array:
+    """Raises ValueError with the cause."""
+    expected = np.dtype(np.int8 if quantization == "int8" else np.uint8)
+    if codes.dtype != expected or scale.dtype != np.float32 or codes.ndim < 2:
+        raise ValueError(f"expected codes of {expected} and scales of float32; got {codes.dtype} and {scale.dtype}")
+    if quantization == "int8":
+        if scale.shape != (len(codes),):
+            raise ValueError(f"expected one scale for each of {len(codes)} ranks; they are {scale.shape}")
+        return np.asarray(codes * scale.reshape(-1, *[1] * (codes.ndim - 1)))
+    shape = _shape(shape, codes)
+    width = math.prod(shape[1:])
+    if scale.shape != (len(codes), -(-width // GROUP)):
+        raise ValueError(f"expected scales {(len(codes), -(-width // GROUP))} for {shape}; they are {scale.shape}")
+    pairs = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(len(codes), -1)[:, :width]
+    signed = (pairs ^ 8).astype(np.float32) - 8
+    return (_grouped(signed) * scale[:, :, None]).reshape(len(codes), -1)[:, :width].reshape(shape)
+
+
+def _shape(told: Any, codes: Array) -> tuple[int, ...]:
+    """The shape of a tensor from that of its bytes, or as the metadata tell it."""
+    if told is None:
+        return len(codes), 2 * codes.shape[1]
+    sizes = told if isinstance(told, list) else []
+    whole = len(sizes) > 1 and all(type(size) is int and size > 0 for size in sizes) and sizes[0] == len(codes)
+    if not whole or -(-math.prod(sizes[1:]) // 2) != codes.shape[1]:
+        raise ValueError(f"its shape {told!r:.60} does not fit {codes.shape} bytes")
+    return tuple(sizes)
