@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from io import RawIOBase
 from pathlib import Path
@@ -79,6 +80,31 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     _flush_folder(folder)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into, which gets the name ``path`` when the block ends without an error.
+
+    Args:
+        path: an empty folder, or nothing; folders above it are made
+
+    Raises:
+        OSError: there is something at ``path``, or no permission. Nothing is left.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = target.parent / f".{target.name[:200]}.{secrets.token_hex(6)}.tmp"
+    stage.mkdir()
+    try:
+        yield stage
+        if target.is_dir():
+            target.rmdir()
+        stage.rename(target)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    _flush_folder(target.parent)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -31,6 +31,7 @@ BOTTOM = frozenset(
         "base_weight",
         "grid",
         "packed_codes",
+        "merge_table",
     }
 )
 # The algebra of adapters lies beside their kinds: it knows no file, graph or runtime.
@@ -48,7 +49,7 @@ LAYERS: Mapping[str, frozenset[str]] = {
     "train": frozenset({"bottom", "formats", "kinds", "graph", "quant", "train"}),
     DOOR: frozenset({"bottom", "formats", "kinds", "graph", "runtime", "serve", "quant", "train", DOOR}),
 }
-DOOR_FILES = frozenset({"__init__", "__main__", "cli", "convert", "report", "verify"})
+DOOR_FILES = frozenset({"__init__", "__main__", "cli", "convert", "merged_checkpoint", "report", "verify"})
 
 MAX_LINES = 400
 SIZED = {

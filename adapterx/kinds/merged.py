@@ -121,7 +121,7 @@ def merger(
     scale = np.float32(amount)
     parts = {name: wide(part).reshape(-1) * scale for name, part in change.parts.items()}
     return Merger(
-        a=wide(change.a).reshape(change.rank, -1),
+        a=wide(change.a).reshape(change.rank, shape[0] if change.rank else 0),
         b=wide(change.b) * scale,
         gain=parts.get(GAIN),
         input_gain=_per_input(parts.get(INPUT_GAIN), shape[0]),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapterx import atomic
-from adapterx.atomic import atomic_write, copy_around, copy_file
+from adapterx.atomic import atomic_write, copy_around, copy_file, new_folder
 from adapterx.progress import progress
 
 
@@ -133,3 +133,31 @@ def test_a_copy_around_holes_leaves_them_to_the_caller(tmp_path, monkeypatch, in
     assert (tmp_path / "new").read_bytes()[shift:] == expected
     assert sum(seen) == 67
     assert max(seen) <= 7
+
+
+def test_a_new_folder_is_there_when_all_of_it_is(tmp_path):
+    with new_folder(tmp_path / "deep" / "one") as stage:
+        (stage / "f").write_text("1")
+        assert not (tmp_path / "deep" / "one").exists()
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["deep", "deep/one", "deep/one/f"]
+
+
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "one").mkdir()
+
+    def fill():
+        with new_folder(tmp_path / "one") as stage:
+            (stage / "f").write_text("1")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fill()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "one"]
+
+
+def test_a_new_folder_does_not_take_the_place_of_files(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "f").write_text("old")
+    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "one"):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["one", "f"]
