@@ -70,11 +70,15 @@ class Branch:
 
     @property
     def x(self) -> ir.Value:
-        """What to feed the branch from: floats, above a Dropout of training and a flattening that is undone later."""
+        """What to feed the branch from: above a Dropout of training, and above a flattening that is undone later.
+
+        Floats: above the dynamic quantization of what the base reads too, but not above a static one, whose numbers
+        are floats again.
+        """
         # Read off the node: rewiring the branch above has put another value in the place of ``a.x``.
         x = self.a.node.inputs[0]
         assert x is not None, "a linear node has its operand"
-        return _above(x, "Dropout", "Identity", *QUANTIZERS, *(SAME_ROWS if self.refolded else ()))
+        return _above(x, "Dropout", "Identity", "DynamicQuantizeLinear", *(SAME_ROWS if self.refolded else ()))
 
     @property
     def base(self) -> ir.Value:

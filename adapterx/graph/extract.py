@@ -18,19 +18,22 @@ from adapterx.errors import ModelError, OptionError, nearest
 from adapterx.formats import save_adapter
 from adapterx.graph.bases import find_bases
 from adapterx.graph.branches import Branch
+from adapterx.graph.calibration import refuse_calibrated
 from adapterx.graph.load import ModelLike, check_model, load_model
 from adapterx.graph.ported import Origin, give_ports
 from adapterx.graph.ports import Masks, PortOptions, Ports
+from adapterx.graph.quantized_linear import any_linear
 from adapterx.graph.rewire import bypass, put_exported, rewire
 from adapterx.graph.save import save_model, staged
 from adapterx.graph.shapes import Shapes
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
-from adapterx.graph.view import constant, linear
+from adapterx.graph.view import Constant, constant
 from adapterx.graph.weights import read_diagonal
 from adapterx.manifest import Manifest, SiteBase, manifest_of
 from adapterx.site import VECTORS, AdapterSite, SiteTable
 
 AdapterFormat = Literal["safetensors", "onnx_adapter", "npz"]
+StaticQDQ = Literal["refuse", "allow"]
 
 _SAMPLES = 8
 _WIDEST = 4
@@ -46,6 +49,7 @@ class Extraction:
         adapter: the same in memory; where several adapters were active at once, their exact sum
         adapters: each adapter by the name it had in the export
         sites: one row a site, as in the manifest
+        notes: what was allowed and makes other adapters inexact, one line a site
     """
 
     model_path: Path
@@ -53,6 +57,7 @@ class Extraction:
     adapter: Adapter
     adapters: Mapping[str, Adapter]
     sites: SiteTable
+    notes: tuple[str, ...] = ()
 
 
 def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by name
@@ -67,6 +72,7 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     adapter: AdapterLike | None = None,
     structural: bool = False,
     partial: bool = False,
+    static_qdq: StaticQDQ = "refuse",
 ) -> Extraction:
     """Take the adapters out of an exported model.
 
@@ -87,6 +93,9 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
             one file of several (encoder, decoder): its sites that this file lacks are noted in the manifest
         structural: take branches by structure alone, under structural names
         partial: extract the low-rank sites of a model that also has adapter weights of other kinds, which stay
+        static_qdq: what to do where activations around the adapter were quantized with ranges that were measured with
+            it: ``refuse``, or ``allow``, which puts float ports there although what follows them keeps those ranges
+            (``notes`` of the result says which)
 
     Returns:
         Paths, the adapter and the sites.
@@ -96,11 +105,14 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
         ModelError: broken or already extracted model, weights of other kinds, or a target that is the source.
         OptionError: options that contradict each other or do not exist.
     """
-    _check_options(make_inputs, pack_inputs, adapter_format)
+    _check_options(make_inputs, pack_inputs, adapter_format, static_qdq)
     loaded, where = load_model(model), label(model)
     if manifest_of(loaded.metadata_props, where=where) is not None:
         raise ModelError(f"{where} was extracted already; give the model that was exported, or use this one as it is")
     finding = find(loaded, adapter=adapter, structural=structural, where=where)
+    notes = finding.calibrated
+    if static_qdq == "refuse":
+        refuse_calibrated(notes, where)
     if not partial:
         refuse_partial(finding, where)
     path = _target(model, Path(output_dir))
@@ -120,16 +132,18 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
         for file, one in files.items():
             save_adapter(one, stage / file.name)
         save_model(loaded, path, stage, ours=manifest.location, share_weights=port == "external")
-    return Extraction(path, adapter_path, whole, adapters, manifest.sites)
+    return Extraction(path, adapter_path, whole, adapters, manifest.sites, notes)
 
 
-def _check_options(make_inputs: bool, pack_inputs: bool, adapter_format: str) -> None:
+def _check_options(make_inputs: bool, pack_inputs: bool, adapter_format: str, static_qdq: str) -> None:
     if pack_inputs and not make_inputs:
         raise OptionError("pack_inputs packs graph inputs, so it needs make_inputs=True; got make_inputs=False")
-    if adapter_format not in get_args(AdapterFormat):
-        known = get_args(AdapterFormat)
-        hint = nearest(str(adapter_format), known)
-        raise OptionError(f"adapter_format must be one of {', '.join(known)}; got {adapter_format!r}{hint}")
+    told = {"adapter_format": (adapter_format, AdapterFormat), "static_qdq": (static_qdq, StaticQDQ)}
+    for option, (given, kind) in told.items():
+        known = get_args(kind)
+        if given not in known:
+            hint = nearest(str(given), known)
+            raise OptionError(f"{option} must be one of {', '.join(known)}; got {given!r}{hint}")
 
 
 def _target(model: ModelLike, folder: Path) -> Path:
@@ -171,7 +185,10 @@ def low_rank_of(branch: Branch) -> LowRank:
     parts = {}
     if branch.bias is not None:
         bias = constant(branch.bias)
-        assert bias is not None, "a branch's bias is constant"
+        if bias is None:
+            raise ModelError(
+                f"{branch.place}: the adapter's own bias is stored as codes; quantize the export without it"
+            )
         parts[SHIFT] = (bias.numpy().astype(np.float32) * np.float32(branch.bias_scale)).astype(dtype).reshape(1, -1)
     a = np.ascontiguousarray(branch.a.matrix().T.astype(dtype))
     return LowRank(a=a, b=np.ascontiguousarray(folded), parts=parts)
@@ -241,15 +258,19 @@ def _place(members: list[Found]) -> AdapterSite:
 def base_fingerprint(finding: Finding) -> str:
     """SHA-256 (hex) over the sites' names and the signs of a few weights on each base matrix's diagonal.
 
-    Signs on the diagonal survive transposition and casts, so two exports of one checkpoint agree. ``""`` when no base
-    weight can be read (a quantized base), which compares with nothing.
+    Signs on the diagonal survive transposition and casts, so two exports of one checkpoint agree. ``""``, which
+    compares with nothing, when no base weight can be read, or when one is quantized: rounding to 4 bits makes one
+    number in ten zero, whatever its sign was, so that no hash of a quantized base is that of the float one.
     """
     rows = []
     for found in finding.found:
         base = found.branches[0].base_op
-        matrix = None if base is None else linear(base)
-        if matrix is not None:
-            rows.append(f"{found.site.name}\0{_signs(matrix.weight.tensor)}")
+        matrix = None if base is None else any_linear(base)
+        if matrix is None:
+            continue
+        if not isinstance(matrix.weight, Constant):
+            return ""
+        rows.append(f"{found.site.name}\0{_signs(matrix.weight.tensor)}")
     return hashlib.sha256("\n".join(sorted(set(rows))).encode()).hexdigest() if rows else ""
 
 

@@ -14,6 +14,7 @@ from adapterx.adapter import Adapter
 from adapterx.errors import ModelError, NoAdaptersFound
 from adapterx.formats import load_adapter
 from adapterx.graph.branches import Branch, find_branches
+from adapterx.graph.calibration import calibrated
 from adapterx.graph.claims import Claim, claims_of
 from adapterx.graph.leftovers import leftovers
 from adapterx.graph.load import ModelLike, load_model
@@ -26,7 +27,8 @@ from adapterx.site import AdapterSite, SiteTable
 
 AdapterLike: TypeAlias = str | os.PathLike[str] | Adapter
 
-_QUANTIZED = ("MatMulNBits", "MatMulInteger", "DequantizeLinear", "MatMulBnb4")
+# Operators that hold activations and weights in codes at once: what lies between two of them is no float.
+_ALL_CODES = ("QLinearMatMul", "QGemm", "QLinearConv")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -58,9 +60,15 @@ class Finding:
     others: tuple[Other, ...] = ()
 
     @property
+    def calibrated(self) -> tuple[str, ...]:
+        """Sites that lie between activations of fixed ranges, in words."""
+        return calibrated((found.site, branch) for found in self.found for branch in found.branches[:1])
+
+    @property
     def sites(self) -> SiteTable:
         """The sites alone."""
-        return SiteTable([*(f.site for f in self.found), *(o.site for o in self.others)], left=self.unsupported)
+        left = (*self.unsupported, *self.calibrated)
+        return SiteTable([*(f.site for f in self.found), *(o.site for o in self.others)], left=left)
 
 
 def find_sites(model: ModelLike, *, adapter: AdapterLike | None = None, structural: bool = False) -> SiteTable:
@@ -231,8 +239,11 @@ def _nothing(model: ir.Model, finding: Finding, where: str) -> str:
             f"{first.a.d_in} -> {first.rank} -> {first.b.d_out}) but nothing names them: give the "
             "exported adapter (adapter=...), or take them by structure (structural=True)"
         )
-    elif any(is_op(node, *_QUANTIZED, domain=(*STANDARD, MICROSOFT)) for node in all_nodes(model)):
-        text += ". The model is quantized: adapters that were quantized with it are not looked for"
+    elif any(is_op(node, *_ALL_CODES, domain=(*STANDARD, MICROSOFT)) for node in all_nodes(model)):
+        text += (
+            ". The model computes in codes throughout (QLinearMatMul), where an adapter cannot be told from its base: "
+            "quantize the export to the QDQ format, without the adapter's nodes"
+        )
     elif not finding.unsupported:
         text += ". A model whose adapter was merged before the export has none left to find"
     return text

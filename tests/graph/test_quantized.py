@@ -15,13 +15,15 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
+from onnxruntime.quantization import QuantFormat
 
 from adapterx.adapter import Adapter, LowRank
+from adapterx.errors import ModelError, NoAdaptersFound
 from adapterx.graph.extract import extract_adapters
 from adapterx.graph.sites import find_sites
 from adapterx.runtime.session import AdapterSession
 from adapterx.verify import verify_extraction
-from tests.graph.quantizers import HOW, quantized
+from tests.graph.quantizers import HOW, quantized, static
 from tests.graph.text_models import Layer, text_model
 
 # Wider than a block, so that blocks and padding both occur; B's inner dimension is shorter than a block.
@@ -164,3 +166,74 @@ def test_verification_passes(how, make_inputs, tmp_path):
     out = extract_adapters(exported(how), tmp_path, make_inputs=make_inputs)
     verification = verify_extraction(exported(how), out.model_path)
     assert verification.passed, verification.rows
+
+
+def calibrated(tmp_path, **options):
+    """Base and adapter quantized with ranges of activations that were measured with this adapter."""
+    rng = np.random.default_rng(1)
+    feeds = [{"x": rng.standard_normal(X.shape).astype(np.float32)} for _ in range(3)]
+    return static(blank().proto, tmp_path / "static.onnx", feeds, **options)
+
+
+def test_ranges_that_were_measured_with_the_exported_adapter_are_refused_and_nothing_is_written(
+    tmp_path,
+):
+    with pytest.raises(ModelError) as error:
+        extract_adapters(calibrated(tmp_path), tmp_path / "out", make_inputs=True, partial=True)
+    for words in ("measured with the exported adapter, at 2 of its places", "rounded to multiples of", "static_qdq"):
+        assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sites_with_measured_ranges_are_listed_with_what_stands_against_them(tmp_path):
+    sites = find_sites(calibrated(tmp_path))
+    assert [site.name for site in sites] == [layer.name for layer in LAYERS]
+    assert [line.partition(":")[0] for line in sites.left] == [layer.name for layer in LAYERS]
+
+
+def test_on_request_ranges_stay_and_the_result_says_how_coarse_they_are(tmp_path):
+    out = extract_adapters(calibrated(tmp_path), tmp_path / "out", make_inputs=True, static_qdq="allow")
+    # The last layer's grid is that of the output.
+    step = np.diff(np.unique(run(tmp_path / "static.onnx"))).min()
+    assert f"rounded to multiples of {step:.3g} and cut off at" in out.notes[-1]
+    half = halved(out.adapter)
+    session = AdapterSession(out.model_path, {"own": out.adapter, "half": half})
+    own, small = (session.run(None, {"x": X}, adapter=name)[0] for name in ("own", "half"))
+    # What stays inside the ranges is rounded to 8 bits at several places, one percent of the norm each.
+    want = blank().expected(X, {name: (one.a, one.b) for name, one in half.sites.items()})
+    assert distance(own, run(tmp_path / "static.onnx")) <= 0.05
+    assert distance(small, want) <= 0.05
+    assert distance(own, want) > 0.5
+
+
+def distance(got, want):
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def halved(adapter):
+    return Adapter({name: LowRank(a=one.a, b=one.b / 2) for name, one in adapter.sites.items()})
+
+
+def test_an_adapter_left_in_float_on_a_base_of_measured_ranges_is_taken(tmp_path):
+    model = calibrated(tmp_path, exclude=LORA_NODES, op_types_to_quantize=["MatMul"])
+    out = extract_adapters(model, tmp_path / "out", make_inputs=True)
+    assert out.notes == ()
+    session = AdapterSession(out.model_path, {"own": out.adapter})
+    assert relative_error(session.run(None, {"x": X}, adapter="own")[0], run(model)) <= FLOAT
+
+
+def test_a_graph_of_codes_throughout_is_refused_with_what_to_do(tmp_path):
+    model = calibrated(tmp_path, quant_format=QuantFormat.QOperator)
+    nameless = tmp_path / "nameless.onnx"
+    nameless.write_bytes(model.read_bytes().replace(b"lora_", b"llll_"))
+    with pytest.raises(NoAdaptersFound, match="quantize the export to the QDQ format"):
+        find_sites(nameless)
+
+
+@pytest.mark.parametrize("how", ["int4", "int4_qdq", "int8_dynamic"])
+def test_a_quantized_base_has_no_fingerprint_for_its_signs_are_not_those_of_the_float_base(how, tmp_path):
+    """Else adapters of the float model would be refused as those of another base."""
+    whole = extract_adapters(exported(how), tmp_path / "whole")
+    assert whole.adapter.metadata["base_fingerprint"] == ""
+    half = quantized(how, blank().proto, tmp_path / "half.onnx", exclude=["node_b0"])
+    assert extract_adapters(half, tmp_path / "half").adapter.metadata["base_fingerprint"] == ""
