@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
@@ -13,7 +13,7 @@ import numpy as np
 from adapterx.adapter import PROMPT, WHOLE_WEIGHT, Adapter, Array, LowRank
 from adapterx.errors import MismatchError, nearest
 from adapterx.formats.onnx_adapter import model_version
-from adapterx.fused import fused_sites, split
+from adapterx.fused import fused_sites, joined, parts_of_fused, split
 from adapterx.kinds import lowered, needs_weight, vera
 from adapterx.manifest import Manifest
 from adapterx.renaming import renaming
@@ -142,10 +142,10 @@ def _fitted(
 ) -> Adapter:
     table = by_name(sites)
     fused = fused_sites(table)
-    rename = _by_shape(adapter, table) or renaming(adapter.sites, {*table, *fused})
+    parts_of = parts_of_fused(table)
+    rename = _by_shape(adapter, table) or renaming(adapter.sites, {*table, *fused, *parts_of})
     found: dict[str, LowRank] = {}
-    for given, low_rank in adapter.sites.items():
-        target = rename(given)
+    for given, target, low_rank in _aimed(adapter, rename, table=table, parts_of=parts_of, faults=faults):
         parts = fused.get(target, (table[target],) if target in table else ())
         shaped = _shaped(low_rank, parts, adapter.metadata)
         causes = list(_causes(shaped, parts, fixed_rank=fixed_rank)) if parts else ["no such site"]
@@ -154,6 +154,30 @@ def _fitted(
         raise MismatchError(_message(name, faults, len(adapter.sites), [*table, *fused]))
     unchanged = found.keys() == adapter.sites.keys() and all(found[s] is adapter.sites[s] for s in found)
     return adapter if unchanged else Adapter(found, adapter.metadata)
+
+
+def _aimed(
+    adapter: Adapter,
+    rename: Callable[[str], str],
+    *,
+    table: Mapping[str, AdapterSite],
+    parts_of: Mapping[str, str],
+    faults: list[_Fault],
+) -> Iterator[tuple[str, str, LowRank]]:
+    """``(name, site of the model, change)``; changes of parts that the model has only fused come as one."""
+    groups: dict[str, dict[str, LowRank]] = defaultdict(dict)
+    for given, change in adapter.sites.items():
+        target = rename(given)
+        if target not in parts_of:
+            yield given, target, change
+            continue
+        whole = parts_of[target]
+        groups[whole][target.rpartition(".")[2]] = _shaped(change, (table[whole],), adapter.metadata)
+    for whole, members in groups.items():
+        try:
+            yield whole, whole, joined(members, whole.rpartition(".")[2], table[whole].d_out)
+        except MismatchError as cause:
+            faults.append(_Fault(whole, str(cause)))
 
 
 def _by_shape(adapter: Adapter, table: Mapping[str, AdapterSite]) -> Callable[[str], str] | None:

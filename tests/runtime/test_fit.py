@@ -214,6 +214,18 @@ def test_several_adapters_at_one_place_are_one_site():
     assert fitted(adapter, SiteTable([site("m"), site("m")])) is adapter
 
 
+@pytest.mark.parametrize("prefix", ["", "base."])
+def test_an_adapter_of_parts_over_a_fused_layer_is_one_change_of_it(prefix):
+    q, v = change(8, 8, rank=2), change(8, 4, rank=3)
+    adapter = Adapter({f"{prefix}m.q_proj": q, f"{prefix}m.v_proj": v})
+    whole = fitted(adapter, [site("m.qkv_proj", 8, 16)]).sites["m.qkv_proj"]
+    np.testing.assert_array_equal(whole.b.T @ whole.a, np.concatenate([q.b.T @ q.a, np.zeros((4, 8)), v.b.T @ v.a]))
+    with pytest.raises(MismatchError, match=r"m\.qkv_proj: widths of the parts must add up to 24"):
+        fitted(adapter, [site("m.qkv_proj", 8, 24)])
+    with pytest.raises(MismatchError, match="rank 5, the model's port takes 4"):
+        fitted(adapter, [site("m.qkv_proj", 8, 16)], fixed_rank=True)
+
+
 def test_twenty_thousand_wrong_names_are_refused_in_a_readable_message_and_soon():
     low_rank = change()
     adapter = Adapter({f"model.layers.{i}.mlp.wrong_proj": low_rank for i in range(20_000)})
