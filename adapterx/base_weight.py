@@ -165,41 +165,6 @@ def written(ref: BaseWeight, weight: Array, tensor: Tensors) -> dict[str, Array]
     return _requantized(ref, values, tensor)
 
 
-def row_step(ref: BaseWeight, nbytes: Mapping[str, int]) -> int:
-    """How many rows of axis 0 can be read and written apart from the others (or a multiple of it); 0 for only all.
-
-    Args:
-        ref: how the weight is stored
-        nbytes: role -> size of its tensor in bytes
-    """
-    apart = ref.storage == "float" or (ref.storage == "affine" and (ref.axis == 0 or ref.block_size > 0))
-    whole = all(not size % _rows(ref, role) for role, size in nbytes.items())
-    if not (apart and whole):
-        return 0
-    return ref.block_size if ref.axis == 0 and ref.block_size else 1
-
-
-def row_span(ref: BaseWeight, role: str, nbytes: int, rows: slice) -> slice:
-    """The bytes of a tensor that belong to ``rows``, whose ends are multiples of :func:`row_step` (or the last).
-
-    With them, ``dataclasses.replace(ref, shape=(len(rows), *ref.shape[1:]))`` is a weight of its own.
-
-    Example:
-        >>> row_span(BaseWeight("out_in", (8, 3), {"weight": "w"}), "weight", 96, slice(2, 4))
-        slice(24, 48, None)
-    """
-    count = _rows(ref, role)
-    by_block = count != ref.shape[0]
-    first, last = (-(-at // ref.block_size) if by_block else at for at in (rows.start, rows.stop))
-    return slice(first * nbytes // count, last * nbytes // count)
-
-
-def _rows(ref: BaseWeight, role: str) -> int:
-    """How many rows a tensor has: of scales, one for each block where blocks lie along axis 0."""
-    blocked = role != WEIGHT and ref.axis == 0 and ref.block_size
-    return -(-ref.shape[0] // ref.block_size) if blocked else ref.shape[0]
-
-
 def _matrix(ref: BaseWeight, values: Array) -> Array:
     matrix = values.reshape(ref.shape[0], -1)
     return matrix if ref.rows_first else matrix.T

@@ -13,18 +13,18 @@ import numpy as np
 
 from adapterx.adapter import PROMPT, WHOLE_BIAS, WHOLE_WEIGHT, Adapter, Array, LowRank
 from adapterx.atomic import Buffer
-from adapterx.base_weight import WEIGHT, BaseWeight, Form, read_weight, row_span, written
+from adapterx.base_weight import WEIGHT, BaseWeight, Form, read_weight, written
 from adapterx.errors import FormatError, MismatchError, OptionError, nearest
 from adapterx.formats import load_adapter
 from adapterx.formats.checkpoint import CONFIG, Checkpoint, read_checkpoint
 from adapterx.formats.checkpoint_copy import NewTensor, write_copy
-from adapterx.formats.checkpoint_names import module_names
 from adapterx.formats.json_text import json_object
 from adapterx.formats.peft_config import NAME as ADAPTER_CONFIG
 from adapterx.kinds.merged import Merger, merger
 from adapterx.merge_table import Merge, MergeRow
+from adapterx.renaming import renaming
+from adapterx.weight_rows import part_of, place_of, row_blocks, row_span
 
-_BLOCK_BYTES = 32 << 20
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 _HEAD = "lm_head"
 _TABLES = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "embeddings"})
@@ -95,10 +95,10 @@ def _refuse_quantized(base: Checkpoint) -> None:
 def _conv1d(adapter_dir: object, adapter: Adapter, base: Checkpoint) -> bool:
     """Whether linear weights lie ``[d_in, d_out]``: by the shapes where they tell, else as the config says."""
     votes = set()
-    for site, (module, *others) in ((s, m) for s, m in _modules(adapter, base).items() if m):
+    for site, module in _modules(adapter, base).items():
         change, stored = adapter.sites[site], base.tensors.get(f"{module}.weight")
         is_table = module.rpartition(".")[2] in _TABLES or change.a.ndim > 2
-        if stored is None or others or is_table or not change.rank or change.d_in == change.d_out:
+        if stored is None or is_table or not change.rank or change.d_in == change.d_out:
             continue
         if stored.shape in {(change.d_in, change.d_out), (change.d_out, change.d_in)}:
             votes.add(stored.shape == (change.d_in, change.d_out))
@@ -111,9 +111,14 @@ def _conv1d(adapter_dir: object, adapter: Adapter, base: Checkpoint) -> bool:
     return bool(json_object(config.read_bytes(), where=str(config)).get("fan_in_fan_out"))
 
 
-def _modules(adapter: Adapter, base: Checkpoint) -> Mapping[str, tuple[str, ...]]:
-    modules = {name.rpartition(".")[0] for name in base.tensors}
-    return module_names(list(adapter.sites), modules)
+def _modules(adapter: Adapter, base: Checkpoint) -> Mapping[str, str]:
+    """The checkpoint's name for each site, whether it has it or not: a model class may add or leave out a prefix."""
+    rename = renaming(list(adapter.sites), _known(base))
+    return {site: rename(site) for site in adapter.sites}
+
+
+def _known(base: Checkpoint) -> set[str]:
+    return {name.rpartition(".")[0] for name in base.tensors}
 
 
 @dataclasses.dataclass(slots=True)
@@ -142,9 +147,9 @@ class _Plan:
         """
         faults: list[str] = []
         found: list[NewTensor] = []
-        for site, modules in _modules(adapter, self.base).items():
+        for site, module in _modules(adapter, self.base).items():
             try:
-                found += self._site(site, modules, adapter.sites[site])
+                found += self._site(site, module, adapter.sites[site])
             except ValueError as fault:
                 faults.append(f"{site}: {fault}")
         if faults:
@@ -156,21 +161,18 @@ class _Plan:
             )
         return found + self._own_head(found)
 
-    def _site(self, site: str, modules: tuple[str, ...], change: LowRank) -> list[NewTensor]:
+    def _site(self, site: str, module: str, change: LowRank) -> list[NewTensor]:
         if PROMPT in change.parts:
             raise ValueError("a prompt stands beside the weights, and cannot be merged into any")
-        if len(modules) > 1:
-            raise ValueError(f"it can mean {' or '.join(modules)}")
-        if not modules and site.rpartition(".")[2] == _HEAD:
+        known = _known(self.base)
+        if module not in known and site.rpartition(".")[2] == _HEAD:
             return self._head(site, change)
-        if not modules and set(change.parts) <= {WHOLE_WEIGHT, WHOLE_BIAS} and not change.rank:
+        if module not in known and set(change.parts) <= {WHOLE_WEIGHT, WHOLE_BIAS} and not change.rank:
             return self._added(site, change)
-        if not modules:
-            known = {name.rpartition(".")[0] for name in self.base.tensors}
+        if module not in known:
             raise ValueError(f"the checkpoint has no such module{nearest(site, known)}")
-        self.modules[site] = module = modules[0]
-        if module.rpartition(".")[2] == _HEAD:
-            self.untied = True
+        self.modules[site] = module
+        self.untied |= module.rpartition(".")[2] == _HEAD
         return self._merged(module, f"{module}.weight", f"{module}.weight", change)
 
     def _merged(self, module: str, name: str, source: str, change: LowRank) -> list[NewTensor]:
@@ -283,19 +285,17 @@ def _merged_pieces(base: Checkpoint, ref: BaseWeight, done: Merger | None) -> Ca
     """The bytes of a weight, merged (or as it is), a block of rows at a time."""
     [name] = ref.tensors.values()
     nbytes = base.tensors[name].last - base.tensors[name].first
-    step = max(1, _BLOCK_BYTES * ref.shape[0] // max(1, nbytes))
 
     def piece(rows: slice) -> Array:
         stored = base.read(name, row_span(ref, WEIGHT, nbytes, rows))
         if done is None:
             return stored
-        part = dataclasses.replace(ref, shape=(rows.stop - rows.start, *ref.shape[1:]))
-        at = (rows, slice(None)) if ref.rows_first else (slice(None), rows)
+        part = part_of(ref, rows)
         block = read_weight(part, lambda _: stored)
-        return written(part, done.weight(block, *at), lambda _: stored)[name]
+        return written(part, done.weight(block, *place_of(ref, rows)), lambda _: stored)[name]
 
     def pieces() -> Iterator[Buffer]:
-        for first in range(0, ref.shape[0], step):
-            yield piece(slice(first, min(first + step, ref.shape[0]))).reshape(-1).view(np.uint8).data
+        for rows in row_blocks(ref, {WEIGHT: nbytes}):
+            yield piece(rows).reshape(-1).view(np.uint8).data
 
     return pieces

@@ -32,6 +32,7 @@ BOTTOM = frozenset(
         "grid",
         "packed_codes",
         "merge_table",
+        "weight_rows",
     }
 )
 # The algebra of adapters lies beside their kinds: it knows no file, graph or runtime.
