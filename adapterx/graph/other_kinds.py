@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import onnx_ir as ir
 
 from adapterx.adapter import Adapter
 from adapterx.errors import ModelError
+from adapterx.graph.bases import Base, find_bases
 from adapterx.graph.exported import Exported, site_of_exported
 from adapterx.graph.paths import Paths
 from adapterx.site import AdapterSite
 
-Finder = Callable[[ir.Model], list[Exported]]
+# Each is given the model and its base operations, which are looked for once.
+Finder = Callable[[ir.Model, Sequence[Base]], list[Exported]]
 
 FINDERS: Final[tuple[Finder, ...]] = ()
 
@@ -35,8 +37,9 @@ def find_others(model: ir.Model, paths: Paths) -> list[Other]:
         ModelError: two different adapters go by one name.
     """
     groups: dict[tuple[str, str], list[Exported]] = defaultdict(list)
+    bases = find_bases(model, paths)
     for finder in FINDERS:
-        for exported in finder(model):
+        for exported in finder(model, bases):
             groups[paths.canonical(exported.module), exported.adapter].append(exported)
     return [_other(name, members) for (name, _), members in groups.items()]
 
