@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,23 +18,21 @@ from adapterx.formats import save_adapter
 from adapterx.graph.bases import find_bases
 from adapterx.graph.branches import Branch
 from adapterx.graph.calibration import refuse_calibrated
+from adapterx.graph.fingerprint import fingerprint_of
 from adapterx.graph.load import ModelLike, check_model, load_model
 from adapterx.graph.ported import Origin, give_ports
 from adapterx.graph.ports import Masks, PortOptions, Ports
-from adapterx.graph.quantized_linear import any_linear
 from adapterx.graph.rewire import bypass, put_exported, rewire
-from adapterx.graph.save import save_model, staged
+from adapterx.graph.save import save_model, staged, target_of
 from adapterx.graph.shapes import Shapes
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
-from adapterx.graph.view import Constant, constant
-from adapterx.graph.weights import read_diagonal
+from adapterx.graph.view import constant
 from adapterx.manifest import Manifest, SiteBase, manifest_of
 from adapterx.site import VECTORS, AdapterSite, SiteTable
 
 AdapterFormat = Literal["safetensors", "onnx_adapter", "npz"]
 StaticQDQ = Literal["refuse", "allow"]
 
-_SAMPLES = 8
 _WIDEST = 4
 
 
@@ -115,7 +112,7 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
         refuse_calibrated(notes, where)
     if not partial:
         refuse_partial(finding, where)
-    path = _target(model, Path(output_dir))
+    path = target_of(model, Path(output_dir))
     port: Literal["input", "packed", "external"] = "packed" if pack_inputs else "input" if make_inputs else "external"
     options = PortOptions(port, dynamic_rank, optional_inputs, f"{path.stem}.adapter.bin")
     adapters = _read_adapters(finding, where)
@@ -144,15 +141,6 @@ def _check_options(make_inputs: bool, pack_inputs: bool, adapter_format: str, st
         if given not in known:
             hint = nearest(str(given), known)
             raise OptionError(f"{option} must be one of {', '.join(known)}; got {given!r}{hint}")
-
-
-def _target(model: ModelLike, folder: Path) -> Path:
-    path = folder / (Path(model).name if isinstance(model, str | os.PathLike) else "model.onnx")
-    if isinstance(model, str | os.PathLike) and path.exists() and path.samefile(model):
-        raise ModelError(f"{path} is the model itself; extract into another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ModelError(f"{folder} is a file; expected a folder to write into")
-    return path
 
 
 def _read_adapters(finding: Finding, where: str) -> dict[str, Adapter]:
@@ -256,25 +244,5 @@ def _place(members: list[Found]) -> AdapterSite:
 
 
 def base_fingerprint(finding: Finding) -> str:
-    """SHA-256 (hex) over the sites' names and the signs of a few weights on each base matrix's diagonal.
-
-    Signs on the diagonal survive transposition and casts, so two exports of one checkpoint agree. ``""``, which
-    compares with nothing, when no base weight can be read, or when one is quantized: rounding to 4 bits makes one
-    number in ten zero, whatever its sign was, so that no hash of a quantized base is that of the float one.
-    """
-    rows = []
-    for found in finding.found:
-        base = found.branches[0].base_op
-        matrix = None if base is None else any_linear(base)
-        if matrix is None:
-            continue
-        if not isinstance(matrix.weight, Constant):
-            return ""
-        rows.append(f"{found.site.name}\0{_signs(matrix.weight.tensor)}")
-    return hashlib.sha256("\n".join(sorted(set(rows))).encode()).hexdigest() if rows else ""
-
-
-def _signs(matrix: ir.TensorProtocol) -> str:
-    size = min(int(dim) for dim in matrix.shape.numpy())
-    picks = np.linspace(0, size - 1, num=min(_SAMPLES, size), dtype=np.int64)
-    return "".join("-" if element < 0 else "+" for element in read_diagonal(matrix, picks))
+    """:func:`adapterx.graph.fingerprint.fingerprint_of` what was found."""
+    return fingerprint_of((found.site.name, found.branches[0].base_op) for found in finding.found)

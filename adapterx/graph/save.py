@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import onnx_ir as ir
 
 from adapterx.atomic import atomic_write, copy_file, replacing
 from adapterx.errors import ModelError
-from adapterx.graph.load import LOCATION
+from adapterx.graph.load import LOCATION, ModelLike
 from adapterx.graph.weights import moved
 from adapterx.progress import progress
 
@@ -23,6 +24,20 @@ _INLINE_LIMIT = 1_900_000_000
 _EXTERNAL_FROM_BYTES = 1024
 _ALIGNMENT = 4096
 _FICLONE = 0x40049409  # linux/fs.h
+
+
+def target_of(model: ModelLike, folder: Path) -> Path:
+    """Where what is made of ``model`` goes: into ``folder``, under the model's own file name.
+
+    Raises:
+        ModelError: that is the model itself, or ``folder`` is a file.
+    """
+    path = folder / (Path(model).name if isinstance(model, str | os.PathLike) else "model.onnx")
+    if isinstance(model, str | os.PathLike) and path.exists() and path.samefile(model):
+        raise ModelError(f"{path} is the model itself; write into another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder} is a file; expected a folder to write into")
+    return path
 
 
 @contextlib.contextmanager
