@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from adapterx.adapter import INPUT_GAIN, LORA_A, LORA_B, Adapter, LowRank
 from adapterx.base_weight import read_weight
 from adapterx.formats import load_adapter
 from adapterx.graph.bases import Base, find_bases
+from adapterx.graph.branches import Branch
 from adapterx.graph.extract import low_rank_of
 from adapterx.graph.load import ModelLike, load_model
 from adapterx.graph.sites import AdapterLike, Finding, find, label
@@ -37,11 +36,14 @@ _PORTS = {
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Place:
-    """A site, its base operation, and what is there to measure (``None``: the weights are not at hand)."""
+    """A site, its base operation, and what is there to measure (``None``: the weights are not at hand).
+
+    A branch stays one until its turn comes, so that the weights of one site at a time are in memory.
+    """
 
     site: AdapterSite
     host: Base | None
-    change: Callable[[], LowRank | None]
+    change: LowRank | Branch | None
 
 
 def survey(model: ModelLike, *, adapter: AdapterLike | None = None, structural: bool = False) -> Survey:
@@ -89,22 +91,24 @@ def survey(model: ModelLike, *, adapter: AdapterLike | None = None, structural: 
 def _without_factors(bases: list[Base], finding: Finding) -> list[Base]:
     """Also the factors that only the given adapter, or their structure, showed to be an adapter's."""
     factors = {factor.node for found in finding.found for b in found.branches for factor in (b.a, b.b)}
+    factors |= {node for other in finding.others for place in other.places for node in place.nodes}
     return [base for base in bases if base.op not in factors]
 
 
 def _exported(finding: Finding, bases: list[Base]) -> list[_Place]:
-    by_op = {base.op: base for base in bases}
-    firsts = [(found.site, found.branches[0]) for found in finding.found]
+    by_op: dict[ir.Node | None, Base] = {base.op: base for base in bases}
+    linear = [(found.site, found.branches[0]) for found in finding.found]
+    others = [(other.site, other.places[0]) for other in finding.others]
     return [
-        _Place(site, None if b.base_op is None else by_op.get(b.base_op), functools.partial(low_rank_of, b))
-        for site, b in firsts
+        *(_Place(site, by_op.get(branch.base_op), branch) for site, branch in linear),
+        *(_Place(site, by_op.get(exported.op), exported.change) for site, exported in others),
     ]
 
 
 def _extracted(manifest: Manifest, adapter: Adapter | None, bases: list[Base], *, named: str) -> list[_Place]:
     changes = {} if adapter is None else fit(adapter, manifest, name=named or "adapter").sites
     by_name = {base.name: base for base in reversed(bases) if base.name}
-    return [_Place(site, by_name.get(site.name), functools.partial(changes.get, site.name)) for site in manifest.sites]
+    return [_Place(site, by_name.get(site.name), changes.get(site.name)) for site in manifest.sites]
 
 
 def _rows(model: ir.Model, places: list[_Place]) -> list[Row]:
@@ -116,7 +120,7 @@ def _rows(model: ir.Model, places: list[_Place]) -> list[Row]:
     rows = []
     with progress("measuring", sizes) as advance:
         for place in places:
-            change = place.change()
+            change = low_rank_of(place.change) if isinstance(place.change, Branch) else place.change
             host = place.host
             if change is not None and host is not None and host.weight is not None and host.op not in norms:
                 norms[host.op] = norm(read_weight(host.weight, tensor))
@@ -129,8 +133,9 @@ def _row(place: _Place, change: LowRank | None, base_norm: float | None) -> Row:
     site = place.site
     if change is None:
         return Row(site, site.rank, _exported_bytes(site))
-    # One base operation of several modules (a packed qkv) is not the weight of any of them.
-    whole = place.host is not None and place.host.d_out == site.d_out
+    # The base operation of several modules (a packed qkv) has the weight of none of them, and where a module was
+    # trained in full the graph has no base at all.
+    whole = place.host is not None and place.host.d_out == site.d_out and site.kind != "saved"
     return Row(
         site=site,
         rank=change.rank,

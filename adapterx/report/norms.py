@@ -27,7 +27,7 @@ def delta_norm(low_rank: LowRank) -> float:
     b = low_rank.b.astype(np.float64)
     squared = float(np.sum((a @ a.T) * (b @ b.T)))
     # The left of two stays where they do not compare: a NaN must not become a zero.
-    return math.sqrt(max(squared, 0.0)) if squared != math.inf else math.nan
+    return math.sqrt(max(squared, 0.0))
 
 
 def norm(array: Array) -> float:

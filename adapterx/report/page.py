@@ -113,9 +113,10 @@ def _drawn(strip: Strip, ruler: Ruler, numbers: Mapping[int, int]) -> tuple[Stri
 
 
 def _cell(module: Module, ruler: Ruler, numbers: Mapping[int, int]) -> Cell:
-    ranks = "+".join(str(row.rank or row.site.kind) for row in module.rows)
-    text = f"{ranks or _SIGNS[module.state]}{' q' if module.storage else ''}"
-    words = [module.state, *filter(None, (ranks and f"rank {ranks}", module.storage, module.why))]
+    held = [str(row.rank or row.site.kind) for row in module.rows]
+    told = [f"rank {row.rank}" if row.rank else row.site.kind for row in module.rows]
+    text = f"{'+'.join(held) or _SIGNS[module.state]}{' q' if module.storage else ''}"
+    words = [module.state, *filter(None, (*told, module.storage, module.why))]
     longest = max((value for row in module.rows if (value := ruler.value(row)) is not None), default=None)
     return Cell(
         look=f"{module.state} quantized" if module.storage else module.state,

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +160,53 @@ def test_verify_takes_feeds_and_a_seed(run: Type, mlp: Built, extracted: Path, t
     effects = [told["rows"][-1]["max_error"] for told in (with_feeds, seeded, plain)]
     assert all(told["passed"] for told in (with_feeds, seeded, plain))
     assert len(set(effects)) == 3
+
+
+def test_sites_html_writes_a_page_that_names_every_site_beside_the_table(run: Type, mlp: Built, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    result = run("sites", mlp.model, "--html", page)
+    assert result.stdout == run("sites", mlp.model).stdout
+    assert result.stderr.splitlines()[-1] == f"wrote {page}"
+    text = page.read_text()
+    assert text.startswith("<!doctype html>")
+    assert all(site.name in text for site in mlp.truth)
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_sites_html_measures_an_adapter_that_is_given_with_an_extracted_model(
+    run: Type, mlp: Built, extracted: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    assert run("sites", extracted, "--html", page).exit_code == 0
+    assert "‖Δ‖" not in page.read_text()
+    assert run("sites", extracted, "--adapter", mlp.adapters["b"], "--html", page).exit_code == 0
+    assert "‖Δ‖" in page.read_text()
+
+
+def test_sites_html_never_writes_over_a_model(run: Type, mlp: Built, tmp_path: Path) -> None:
+    model = shutil.copy(mlp.model, tmp_path / "model.onnx")
+    before = Path(model).read_bytes()
+    result = run("sites", model, "--html", model)
+    assert result.exit_code == 1
+    assert "must end in .html" in result.stderr
+    assert Path(model).read_bytes() == before
+
+
+def test_a_refused_model_leaves_no_page(run: Type, nameless: Built, tmp_path: Path) -> None:
+    assert run("sites", nameless.model, "--html", tmp_path / "report.html").exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_jinja2_the_message_says_what_to_install(
+    run: Type, mlp: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("adapterx.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    result = run("sites", mlp.model, "--html", tmp_path / "report.html")
+    assert result.exit_code == 1
+    assert (
+        result.stderr
+        == 'error: MissingDependency: reports need jinja2; install it with `pip install "adapterx[report]"`\n'
+    )
+    assert run("sites", mlp.model).exit_code == 0
