@@ -103,12 +103,12 @@ def load_adapter(
             kind = format_of(file)
             table = _READ[kind](file, limits)
         settings = None
+        if kind == "safetensors" and diffusion.speaks(table):
+            dialect, sites = diffusion.read(table, limits, nonfinite=nonfinite)
+            return Adapter(sites, {"source": str(path), "format": dialect})
         if kind == "safetensors" and _is_peft(table, path):
             _refuse_pin(sha256, path)
             table, settings = peft.beside(table, path.parent, open_file, limits)
-        if kind == "safetensors" and settings is None and diffusion.speaks(table):
-            dialect, sites = diffusion.read(table, limits, nonfinite=nonfinite)
-            return Adapter(sites, {"source": str(path), "format": dialect})
     if settings is None:
         sites = low_ranks(table, limits, nonfinite=nonfinite)
         return Adapter(sites, {**table.metadata, "source": str(path), "format": kind})

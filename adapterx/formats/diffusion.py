@@ -123,6 +123,7 @@ def _modules(table: TensorTable, limits: Limits, faults: Faults) -> _Modules:
     if len(table.arrays) > limits.tensors:
         faults.add("tensors", f"{len(table.arrays)} of them, at most {limits.tensors} are read")
         return found
+    halves: dict[tuple[str, str], str] = {}
     for name, array in table.arrays.items():
         module, key = _place(name)
         cause = name_fault(name, limits)
@@ -136,7 +137,21 @@ def _modules(table: TensorTable, limits: Limits, faults: Faults) -> _Modules:
             faults.add(name, cause)
         else:
             found.setdefault(module, {})[key] = array
+            if key in (_A, _B):
+                halves[module, key] = name
+    for (module, key), name in halves.items():
+        if (module, _B if key == _A else _A) not in halves:
+            faults.add(name, f"its other half, {_other_half(name)}, is missing")
+            del found[module]
     return found
+
+
+def _other_half(name: str) -> str:
+    """The name that the other matrix of a pair has in the same spelling."""
+    pairs = (("down.weight", "up.weight"), (_A, _B))
+    return next(
+        name.removesuffix(one) + other for two in pairs for one, other in (two, two[::-1]) if name.endswith(one)
+    )
 
 
 def _place(name: str) -> tuple[str, str]:
