@@ -22,13 +22,15 @@ from adapterx.site import NameSource
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+CLASS_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
+_MODULE_AND_OPERATION = 2
 # torch.export's word, among the scopes, for operations that it made outside any module.
 NO_MODULE = "_empty_nn_module_stack"
 
 Side = str
 
 _TENSOR = re.compile(
-    r"^(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.(?!(?:weight|MatMul)\b)(?P<adapter>[^.]+))?(?:\.MatMul)?(?:\.weight\b.*)?$"
+    r"^(?P<module>.+?)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?!(?:weight|MatMul)\b)(?P<adapter>[^.]+))?(?:\.MatMul)?(?:\.weight\b.*)?$"
 )
 _SCOPE = re.compile(r"^(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?$")
 _DIFFUSERS = re.compile(r"^(?P<module>.+?)\.lora(?:_linear_layer|_layer)?\.(?P<side>down|up)\.weight")
@@ -60,14 +62,12 @@ class Claim:
 def claims_of(branch: Branch) -> Iterator[Claim]:
     """Every claim on ``branch``, in the order in which sources are believed: ``a`` before ``b`` within a source."""
     both = ((branch.a, "A"), (branch.b, "B"))
-    for read in (_by_initializer, _by_folded_from, _by_name_scopes):
-        for factor, side in both:
-            claim = read(factor, side)
-            if claim is not None:
-                yield claim
-    for claim in (_by_base(branch), _by_node_path(branch)):
-        if claim is not None:
-            yield claim
+    claims = [read(*one) for read in (_by_initializer, _by_folded_from, _by_name_scopes) for one in both]
+    told = [claim for claim in (*claims, _by_base(branch), _by_node_path(branch)) if claim is not None]
+    yield from told
+    # A quantizer replaces the factors, and leaves of the branch no more than where it is added.
+    if not told and (last := _by_join(branch)) is not None:
+        yield last
 
 
 def parse_tensor_name(name: str) -> tuple[str, str, str] | None:
@@ -102,7 +102,7 @@ def listed(text: str | None) -> list[str]:
 
 def chain(factor: Linear) -> Iterator[ir.Value]:
     """The values between a factor's node and the constant behind its weight, nearest first."""
-    value = factor.node.inputs[1]
+    value = factor.node.inputs[0 if is_op(factor.node, "Gather") else 1]
     while value is not None:
         yield value
         if value is factor.weight.root:
@@ -137,6 +137,14 @@ def _by_name_scopes(factor: Linear, side: Side) -> Claim | None:
                 return None
             return Claim("name_scopes", found["module"], found["adapter"] or "", factor.node)
     return None
+
+
+def _by_join(branch: Branch) -> Claim | None:
+    """The module in which the join was traced, where it is one of PEFT's layers."""
+    scopes, classes = (listed(branch.join.metadata_props.get(key)) for key in (NAME_SCOPES, CLASS_HIERARCHY))
+    if min(len(scopes), len(classes)) < _MODULE_AND_OPERATION or not classes[-2].startswith("peft.tuners."):
+        return None
+    return Claim("name_scopes", scopes[-2], "", branch.join)
 
 
 def _by_base(branch: Branch) -> Claim | None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 import onnx_ir as ir
 
-from adapterx.graph.branches import Branch, embedding_joins
+from adapterx.graph.branches import Branch
 from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES, base_layer_depth, listed, path_parts
 from adapterx.graph.paths import Paths
 from adapterx.graph.view import all_nodes, is_op
@@ -35,10 +35,7 @@ def leftovers(
         theirs: nodes that belong to sites of other kinds
     """
     pairs = list(found)
-    joins = {node.name or node.outputs[0].name for node in theirs}
-    embedded = [f"node {name!r}: an embedding with a low-rank branch" for name in embedding_joins(model)]
-    embedded = [line for line in embedded if not any(repr(name) in line for name in joins)]
-    return (*_marked(model, pairs, theirs), *embedded, *_wrapped_or_tuned(model, pairs, paths, theirs))
+    return (*_marked(model, pairs, theirs), *_wrapped_or_tuned(model, pairs, paths, theirs))
 
 
 def _marked(model: ir.Model, found: list[tuple[Branch, AdapterSite]], theirs: Collection[ir.Node]) -> list[str]:
@@ -71,11 +68,13 @@ def _wrapped_or_tuned(
     nodes = {node for b, _ in found for node in (b.a.node, b.b.node, b.base_op, b.join) if node is not None}
     adapters = {site.adapter for _, site in found if site.adapter}
     known = {module for node in (*nodes, *theirs) for module, _ in _modules(node, adapters)}
+    # Of nodes that a quantizer made, nothing but the site's name tells the module.
+    named = {site.name for _, site in found}
     lines: dict[str, str] = {}
     for node in all_nodes(model):
         for module, what in _modules(node, adapters):
-            if module not in known:
-                lines.setdefault(module, f"{paths.canonical(module)}: {what}")
+            if module not in known and (name := paths.canonical(module)) not in named:
+                lines.setdefault(module, f"{name}: {what}")
     return list(lines.values())
 
 

