@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import threading
 import weakref
 from collections.abc import Mapping
@@ -22,10 +21,10 @@ import onnx
 
 from adapterx.adapter import Adapter
 from adapterx.errors import ModelError, OptionError
-from adapterx.external_data import check_external_data, external_protos, external_tensors
 from adapterx.runtime.inference import Host, ort, ort_values
 from adapterx.runtime.options import copied, entry
 from adapterx.runtime.ports import port_arrays
+from adapterx.runtime.relocation import relocate
 from adapterx.runtime.resident import Resident
 from adapterx.runtime.source import FOLDER_OPTION, ModelSource
 
@@ -159,21 +158,8 @@ def _dissected(source: ModelSource) -> tuple[dict[str, onnx.TensorProto], bytes,
 
 
 def _relocated(skeleton: onnx.ModelProto, source: ModelSource) -> Path | None:
-    """Point external tensors at where their files really are, below one folder, which is returned.
-
-    A session from bytes knows no model file, so ONNX Runtime would take Hugging Face's links for a way out.
-    """
     if source.folder is None:
         return None
+    # Checked once more and without exceptions: a manifest could have named a base weight's file as the adapters' own.
     model_file = Path(source.model) if isinstance(source.model, str) else None
-    # Once more and without exceptions: a manifest could have named a base weight's file as the adapters' own.
-    check_external_data(skeleton, source.folder, model_file=model_file)
-    files = {tensor.location: (source.folder / tensor.location).resolve() for tensor in external_tensors(skeleton)}
-    root = source.folder.resolve()
-    if not all(file.is_relative_to(root) for file in files.values()):
-        root = Path(os.path.commonpath([file.parent for file in files.values()]))
-    for tensor in external_protos(skeleton):
-        for field in tensor.external_data:
-            if field.key == "location":
-                field.value = files[field.value].relative_to(root).as_posix()
-    return root
+    return relocate(skeleton, source.folder, model_file=model_file)

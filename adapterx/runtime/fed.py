@@ -8,10 +8,10 @@ from adapterx.adapter import Adapter
 from adapterx.errors import ModelError, OptionError
 from adapterx.manifest import Manifest
 from adapterx.runtime.inference import Host, device_of, ort, ort_values, quiet_options
-from adapterx.runtime.options import entry
+from adapterx.runtime.options import copied, entry
 from adapterx.runtime.ports import graph_inputs, port_arrays
 from adapterx.runtime.resident import Resident
-from adapterx.runtime.source import ModelSource
+from adapterx.runtime.source import FOLDER_OPTION, ModelSource
 
 _DISABLED = "optimization.disable_specified_optimizers"
 _FUSION = "FuseFp16InitializerToFp32NodeTransformer"
@@ -26,7 +26,7 @@ class FedModel:
 
     def __init__(self, source: ModelSource, host: Host) -> None:
         self._manifest = source.manifest
-        self._session = host.open(source.model, where=source.where, options=_options(source.manifest, host))
+        self._session = host.open(source.model, where=source.where, options=_options(source, host))
         self._device = device_of(self._session)
         inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         lost = sorted(graph_inputs(source.manifest) - {node.name for node in inputs})
@@ -45,7 +45,17 @@ class FedModel:
         return self._session
 
 
-def _options(manifest: Manifest, host: Host) -> ort.SessionOptions | None:
+def _options(source: ModelSource, host: Host) -> ort.SessionOptions | None:
+    """The host's options, with the folder of a model in memory that has external data."""
+    options = _safe_options(source.manifest, host)
+    from_memory = isinstance(source.model, bytes) and source.folder is not None
+    if from_memory and entry(host.session_options, FOLDER_OPTION) is None:
+        options = copied(options)
+        options.add_session_config_entry(FOLDER_OPTION, str(source.folder))
+    return options
+
+
+def _safe_options(manifest: Manifest, host: Host) -> ort.SessionOptions | None:
     """The host's options; without one optimizer where an old ONNX Runtime would lose float16 adapters.
 
     Before 1.30 it takes the default of a float16 input for a constant, and either folds it in, so that what is fed

@@ -14,8 +14,9 @@ from adapterx.adapter import PROMPT, WHOLE_WEIGHT, Adapter, Array, LowRank
 from adapterx.errors import MismatchError, nearest
 from adapterx.formats.onnx_adapter import model_version
 from adapterx.fused import fused_sites, joined, parts_of_fused, split
-from adapterx.kinds import lowered, needs_weight, vera
+from adapterx.kinds import lowered, needs_weight, shaped
 from adapterx.manifest import Manifest
+from adapterx.pipeline import for_model
 from adapterx.renaming import renaming
 from adapterx.runtime.base_tensors import BaseTensors
 from adapterx.site import AdapterSite, by_name
@@ -143,6 +144,7 @@ def _fitted(
     table = by_name(sites)
     fused = fused_sites(table)
     parts_of = parts_of_fused(table)
+    adapter = for_model(adapter, dict.fromkeys({*fused, *parts_of}) | {name: one.shape for name, one in table.items()})
     rename = _by_shape(adapter, table) or renaming(adapter.sites, {*table, *fused, *parts_of})
     found: dict[str, LowRank] = {}
     for given, target, low_rank in _aimed(adapter, rename, table=table, parts_of=parts_of, faults=faults):
@@ -194,15 +196,9 @@ def _by_shape(adapter: Adapter, table: Mapping[str, AdapterSite]) -> Callable[[s
 
 def _shaped(change: LowRank, parts: tuple[AdapterSite, ...], metadata: Mapping[str, str]) -> LowRank:
     """``change`` in the shape that only the model knows: VeRA's columns, the kernel that LoHa files flatten."""
-    if not parts or not change.rank:
+    if not parts:
         return change
-    site = parts[0]
-    if metadata.get("peft_type") == "VERA":
-        return vera.cut(change, site.d_in)
-    if site.kernel and not change.kernel and change.d_in == site.d_in * int(np.prod(site.kernel)):
-        a = change.a.reshape(change.rank, site.d_in, *site.kernel)
-        return LowRank(a=a, b=change.b, parts=change.parts)
-    return change
+    return shaped(change, parts[0].d_in, parts[0].kernel, peft_type=metadata.get("peft_type", ""))
 
 
 def _place(found: dict[str, LowRank], parts: tuple[AdapterSite, ...], change: LowRank, lower: _Lower) -> list[str]:

@@ -41,8 +41,8 @@ def port_arrays(adapter: Adapter | None, manifest: Manifest) -> dict[str, Array]
 
     Returns:
         ``<site>.lora_A.weight`` ``[r, d_in]``, ``<site>.lora_B.weight`` ``[r, d_out]``, ``<site>.gain.weight``
-        ``[1, d_out]`` and so on, and the packed inputs ``[members * r, d]``. What needs no padding and no packing is the
-        adapter's own memory.
+        ``[1, d_out]`` and so on, and the packed inputs ``[members * r, d]``. What needs no padding and no packing is
+        the adapter's own memory.
     """
     sites = by_name(manifest.sites)
     held: Mapping[str, LowRank] = adapter.sites if adapter else {}

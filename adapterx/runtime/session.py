@@ -39,7 +39,9 @@ class AdapterSession:
     to the end, whatever is loaded, replaced or unloaded meanwhile.
 
     Args:
-        model: an extracted model: a path, its bytes, or a ``ModelProto`` (bytes only without external data)
+        model: a path, the bytes of a model, or a ``ModelProto`` (bytes only without external data). A model that was
+            neither extracted nor injected gets ports in memory, for the sites of ``adapters``; it must then be a path,
+            or have no external data.
         adapters: names -> paths or adapters, as for :meth:`load_adapter`
         providers: as for ``onnxruntime.InferenceSession``; one that is missing or does not start is an error here
         session_options: the host's own; used, never changed. In external mode every adapter needs options of its own,
@@ -49,7 +51,8 @@ class AdapterSession:
         allow_other_base: take adapters that say that they were made for another base
 
     Raises:
-        ModelError: no model, not extracted yet, unsafe external data, or ONNX Runtime cannot load it.
+        ModelError: no model, one without ports and no adapters, or with an adapter inside, unsafe external data, or
+            ONNX Runtime cannot load it.
         OptionError: a name, provider or option that does not exist.
         MismatchError: an adapter that does not belong to this model.
         FormatError: an adapter file that is broken.
@@ -74,7 +77,8 @@ class AdapterSession:
         allow_other_base: bool = False,
     ) -> None:
         host = Host(providers, provider_options, session_options)
-        source = read_source(model, folder=entry(session_options, FOLDER_OPTION))
+        given = {name: _read(name, adapter) for name, adapter in (adapters or {}).items()}
+        source = read_source(model, folder=entry(session_options, FOLDER_OPTION), adapters=list(given.values()))
         self._manifest, self._allow_other_base = source.manifest, allow_other_base
         self._bases = BaseTensors(source.graph, source.folder, source.where) if source.manifest.bases else None
         self._model = _runnable(source, host, max_sessions)
@@ -85,8 +89,8 @@ class AdapterSession:
         self._providers: tuple[str, ...] = tuple(opened.get_providers())
         self._writing = threading.Lock()
         self._residents: Mapping[str, Resident] = {}
-        for name, adapter in (adapters or {}).items():
-            self.load_adapter(name, adapter)
+        for name, whole in given.items():
+            self.load_adapter(name, whole)
 
     def run(
         self,
@@ -139,12 +143,7 @@ class AdapterSession:
             FormatError: a file that is broken, or no adapter.
             MismatchError: an adapter that does not belong to this model.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise OptionError(
-                f"{name!r} cannot name an adapter: take 1 to 64 of letters, digits, '.', '_' and '-', "
-                "beginning with a letter or digit"
-            )
-        whole = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        whole = _read(name, adapter)
         fitting = fit(whole, self._manifest, name=name, allow_other_base=self._allow_other_base, bases=self._bases)
         tensors = self._model.tensors(fitting)
         with self._writing:
@@ -217,6 +216,15 @@ class AdapterSession:
             loaded = ", ".join(held) or "none"
             message = f"no adapter {name!r} is loaded{nearest(str(name), held)}; loaded: {loaded}"
             raise UnknownAdapter(message) from None
+
+
+def _read(name: str, adapter: AdapterLike) -> Adapter:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise OptionError(
+            f"{name!r} cannot name an adapter: take 1 to 64 of letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    return adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
 
 
 def _runnable(source: ModelSource, host: Host, max_sessions: int) -> Runnable:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
 
+from adapterx.adapter import Adapter
 from adapterx.errors import ModelError
 from adapterx.external_data import check_external_data, external_tensors
-from adapterx.manifest import Manifest, manifest_of
+from adapterx.manifest import KEY, Manifest, manifest_of
+from adapterx.runtime.injection import with_ports
 
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
@@ -38,35 +41,50 @@ class ModelSource:
     folder: Path | None
 
 
-def read_source(model: ModelLike, *, folder: str | None = None) -> ModelSource:
-    """Look at a model: parse the graph, check its external data, find its manifest.
+def read_source(model: ModelLike, *, folder: str | None = None, adapters: Sequence[Adapter] = ()) -> ModelSource:
+    """Look at a model: parse the graph, check its external data, find its manifest, or give it one.
 
     Args:
         model: a path, the bytes of a model, or a ``ModelProto`` (which is not changed)
         folder: where the external data of bytes lies
+        adapters: what a model without ports gets ports for
 
     Raises:
         ModelError: no such file, no ONNX model, no manifest, external data that may not be read, or bytes whose
             external data lies who knows where.
+        MismatchError: ``adapters`` have sites that a model without ports has no operation for.
     """
     if isinstance(model, (bytes, onnx.ModelProto)):
-        return _from_memory(model, folder)
+        return _from_memory(model, folder, adapters)
     path = Path(model)
     if not path.is_file():
         raise ModelError(f"{path}: no such model file")
     graph = _parsed(path.read_bytes(), str(path))
+    if adapters and not _has_ports(graph):
+        return _injected(path, adapters, str(path))
     manifest = _manifest(graph, str(path))
     check_external_data(graph, path.parent, ignore=_ports(manifest), model_file=path)
     return ModelSource(str(path), str(path), graph, manifest, path.parent)
 
 
-def _from_memory(model: bytes | onnx.ModelProto, folder: str | None) -> ModelSource:
+def _injected(model: Path | onnx.ModelProto, adapters: Sequence[Adapter], where: str) -> ModelSource:
+    graph, folder = with_ports(model, adapters)
+    return ModelSource(where, graph.SerializeToString(), graph, _manifest(graph, where), folder)
+
+
+def _has_ports(graph: onnx.ModelProto) -> bool:
+    return any(entry.key == KEY for entry in graph.metadata_props)
+
+
+def _from_memory(model: bytes | onnx.ModelProto, folder: str | None, adapters: Sequence[Adapter]) -> ModelSource:
     where = "the model in memory"
     try:
         content = model if isinstance(model, bytes) else model.SerializeToString()
     except ValueError as error:
         raise ModelError(f"{where} cannot be serialized ({error}); save it and give its path") from None
     graph = model if isinstance(model, onnx.ModelProto) else _parsed(content, where)
+    if adapters and folder is None and not _has_ports(graph):
+        return _injected(graph, adapters, where)
     manifest = _manifest(graph, where)
     outside = [tensor for tensor in external_tensors(graph) if tensor.location not in _ports(manifest)]
     if outside and folder is None:
@@ -93,8 +111,8 @@ def _manifest(graph: onnx.ModelProto, where: str) -> Manifest:
     manifest = manifest_of({entry.key: entry.value for entry in graph.metadata_props}, where=where)
     if manifest is None:
         raise ModelError(
-            f"{where} has no ports for adapters; run `adapterx extract` on it first (adapterx.extract_adapters) "
-            "and open the model that it writes"
+            f"{where} has no ports for adapters; run `adapterx extract` on an export with an adapter inside, "
+            "`adapterx inject` on one without, and open the model that it writes; or give a path and adapters together"
         )
     return manifest
 
