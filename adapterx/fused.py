@@ -9,13 +9,14 @@ the rank, and the ``b`` of each is zero where the rows are another's.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
 from adapterx.adapter import ABSOLUTE, INPUT_GAIN, PARTS, WHOLE_WEIGHT, Array, LowRank
 from adapterx.errors import MismatchError
-from adapterx.site import AdapterSite
+
+T = TypeVar("T")
 
 FUSED: Final[Mapping[str, tuple[str, ...]]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -25,22 +26,22 @@ FUSED: Final[Mapping[str, tuple[str, ...]]] = {
 _ALIKE: Final = (frozenset({"k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 
 
-def fused_sites(sites: Mapping[str, AdapterSite]) -> dict[str, tuple[AdapterSite, ...]]:
+def fused_sites(sites: Mapping[str, T]) -> dict[str, tuple[T, ...]]:
     """Names of fused layers that a model has only in parts, with the parts in the order of the fused rows.
 
     Args:
-        sites: the model's sites by name
+        sites: the model's sites by name, or anything else that is by name
 
     Example:
-        >>> fused_sites({})
-        {}
+        >>> fused_sites({"mlp.gate_proj": 1, "mlp.up_proj": 2})
+        {'mlp.gate_up_proj': (1, 2)}
     """
-    found: dict[str, tuple[AdapterSite, ...]] = {}
+    found: dict[str, tuple[T, ...]] = {}
     for name in sites:
-        parent, _, last = name.rpartition(".")
+        parent, dot, last = name.rpartition(".")
         for fused, parts in FUSED.items():
-            members = [f"{parent}.{part}" if parent else part for part in parts]
-            whole = f"{parent}.{fused}" if parent else fused
+            members = [f"{parent}{dot}{part}" for part in parts]
+            whole = f"{parent}{dot}{fused}"
             if last == parts[0] and whole not in sites and all(member in sites for member in members):
                 found[whole] = tuple(sites[member] for member in members)
     return found

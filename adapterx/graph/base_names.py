@@ -115,7 +115,7 @@ def claims_on(candidate: Candidate) -> Iterator[_Claim]:
         parts.pop()
     if parts:
         yield _Claim("node_path", "/".join(parts), candidate.node, parameter=False)
-    bias = candidate.bias or _absorbed_bias(candidate.output)
+    bias = candidate.bias or absorbed_bias(candidate.output)
     if bias is not None:
         yield from _parameter(bias, "initializer")
 
@@ -125,7 +125,7 @@ def _parameter(value: ir.Value, source: NameSource) -> Iterator[_Claim]:
         yield _Claim(source, str(value.name), value)
 
 
-def _absorbed_bias(output: ir.Value) -> ir.Value | None:
+def absorbed_bias(output: ir.Value) -> ir.Value | None:
     """The bias that a fusion took over from the operation; it still bears the module's name."""
     uses = list(output.uses())
     node = uses[0].node if len(uses) == 1 else None

@@ -7,10 +7,12 @@ whose arithmetic has the base weight in it (:data:`adapterx.adapter.ABSOLUTE`) d
 
 from __future__ import annotations
 
-from adapterx.adapter import MAGNITUDE, WHOLE_BIAS, WHOLE_WEIGHT, Array, LowRank
-from adapterx.kinds import dora, saved
+import math
 
-__all__ = ["lowered", "needs_weight"]
+from adapterx.adapter import MAGNITUDE, WHOLE_BIAS, WHOLE_WEIGHT, Array, LowRank
+from adapterx.kinds import dora, saved, vera
+
+__all__ = ["lowered", "needs_weight", "shaped"]
 
 
 def needs_weight(change: LowRank) -> bool:
@@ -37,3 +39,21 @@ def lowered(change: LowRank, weight: Array | None, bias: Array | None) -> LowRan
         return dora.lowered(change, weight, bias)
     assert change.parts.keys() & {WHOLE_BIAS, WHOLE_WEIGHT}, "no other part is absolute"
     return saved.lowered(change, weight, bias)
+
+
+def shaped(change: LowRank, d_in: int, kernel: tuple[int, ...], *, peft_type: str) -> LowRank:
+    """``change`` in the shape that only the model knows: VeRA's columns, the kernel that LoHa files flatten.
+
+    Args:
+        change: as a reader made it
+        d_in: features that the base reads, or channels
+        kernel: of the base, empty unless it is a convolution
+        peft_type: of the file, ``""`` where it told none
+    """
+    if not change.rank:
+        return change
+    if peft_type == "VERA":
+        return vera.cut(change, d_in)
+    if kernel and not change.kernel and change.d_in == d_in * math.prod(kernel):
+        return LowRank(a=change.a.reshape(change.rank, d_in, *kernel), b=change.b, parts=change.parts)
+    return change
