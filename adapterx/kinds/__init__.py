@@ -44,6 +44,8 @@ def lowered(change: LowRank, weight: Array | None, bias: Array | None) -> LowRan
 def shaped(change: LowRank, d_in: int, kernel: tuple[int, ...], *, peft_type: str) -> LowRank:
     """``change`` in the shape that only the model knows: VeRA's columns, the kernel that LoHa files flatten.
 
+    A linear layer takes the change of a convolution of width 1, which some versions of a model have in its place.
+
     Args:
         change: as a reader made it
         d_in: features that the base reads, or channels
@@ -56,4 +58,6 @@ def shaped(change: LowRank, d_in: int, kernel: tuple[int, ...], *, peft_type: st
         return vera.cut(change, d_in)
     if kernel and not change.kernel and change.d_in == d_in * math.prod(kernel):
         return LowRank(a=change.a.reshape(change.rank, d_in, *kernel), b=change.b, parts=change.parts)
+    if not kernel and change.kernel and math.prod(change.kernel) == 1:
+        return LowRank(a=change.a.reshape(change.rank, -1), b=change.b, parts=change.parts)
     return change
