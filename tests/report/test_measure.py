@@ -4,11 +4,15 @@ import dataclasses
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import numpy_helper
 
 import adapterx as ax
+from adapterx.graph.bases import find_bases
+from adapterx.graph.load import load_model
 from adapterx.report.measure import survey
+from adapterx.report.modules import modules
 from tests.graph.text_models import Layer, text_model
 from tests.zoo import build
 
@@ -107,12 +111,36 @@ def test_a_quantized_base_is_said_to_be_and_its_norm_is_near_that_of_the_floats(
             assert row.base_norm == pytest.approx(floats[module.name].base_norm, rel=0.05)
 
 
+PACKED = """<ir_version: 10, opset_import: ["" : 18]>
+g (float[N, T, 12] x) => (float[N, T, 10] y, float[N, T, 10] z) {
+  both = MatMul(x, w)
+  p, q = Split<axis=-1, num_outputs=2>(both)
+  pl = MatMul(x, pA)
+  pd = MatMul(pl, pB)
+  y = Add(p, pd)
+  ql = MatMul(x, qA)
+  qd = MatMul(ql, qB)
+  z = Add(q, qd)
+}"""
+
+
+def packed_graph():
+    proto, rng = onnx.parser.parse_model(PACKED), np.random.default_rng(0)
+    sides = {f"{m}{side}": f"base_model.model.h.0.{m}_proj.lora_{side}.default.weight" for m in "pq" for side in "AB"}
+    shapes = {"w": (12, 20), **{name: (12, 3) if name.endswith("A") else (3, 10) for name in sides}}
+    names = {**sides, "w": "h.0.pq_proj.weight"}
+    for name, shape in shapes.items():
+        proto.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape, np.float32), names[name]))
+    for node in proto.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    return proto
+
+
 def test_modules_that_share_one_packed_operation_are_drawn_each_and_have_no_base_norm_of_their_own():
-    packed = build("genai_phi3")
-    found = survey(packed.model)
-    names = {m.name for m in found.modules}
-    assert {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"} <= names
-    assert not [name for name in names if "qkv" in name]
+    found = survey(packed_graph())
+    assert [(m.name, m.state) for m in found.modules] == [("h.0.p_proj", "matched"), ("h.0.q_proj", "matched")]
+    assert [row.base_norm for row in rows(found).values()] == [None, None]
+    assert all(row.norm for row in rows(found).values())
 
 
 def text_graph():
@@ -137,16 +165,22 @@ def test_a_branch_that_nothing_names_makes_its_module_a_refused_one():
 
 
 def test_a_reason_is_told_of_the_longest_module_that_it_names():
-    from adapterx.graph.bases import find_bases
-    from adapterx.graph.load import load_model
-    from adapterx.report.modules import modules
+    bases = [dataclasses.replace(base, name=name) for base, name in zip(some_bases(3), ("z", "a.z", "b"), strict=True)]
+    line = "base_model.model.a.z.lora_magnitude_vector.default.weight"
+    assert {m.name: m.state for m in modules(bases, [], {line: None})} == {
+        "z": "skipped",
+        "a.z": "refused",
+        "b": "skipped",
+    }
 
-    bases = find_bases(load_model(build("ts_llama").base_model))
-    line = "base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector.default.weight"
-    found = {m.name: m for m in modules(bases, [], {line: None})}
-    assert {name for name, m in found.items() if m.state == "refused"} == {"model.layers.1.mlp.up_proj"}
-    hostile = ".".join(["model"] * 5000)
-    assert all(m.state == "skipped" for m in modules(bases, [], {hostile: None}))
+
+def test_a_reason_with_a_very_long_path_is_read_in_no_time():
+    line = ".".join(["model"] * 100_000)
+    assert {m.state for m in modules(some_bases(3), [], {line: None})} == {"skipped"}
+
+
+def some_bases(count):
+    return find_bases(load_model(build("ts_llama").base_model))[:count]
 
 
 def test_a_survey_is_plain_data(llama):

@@ -128,3 +128,9 @@ def test_the_longest_bar_is_that_of_the_largest_change():
     assert [bar.attributes["style"] for bar in strip.all("i")] == ["--v:0.25", "--v:1", "--v:0.5"]
     meters = [one.attributes["style"] for one in tree.one("table", id="sites").all(class_="meter")]
     assert meters == ["--e:0.25", "--e:1", "--e:0.5"]
+
+
+def test_a_module_of_two_adapters_has_the_bar_of_the_larger():
+    two = Module("b", "matched", "", (row("b", norm=3.0), row("b", norm=1.0)))
+    (strip,) = parsed(page(survey(matched("a", norm=4.0), two))).all("table", class_="strip")
+    assert [bar.attributes["style"] for bar in strip.all("i")] == ["--v:1", "--v:0.75"]

@@ -42,6 +42,6 @@ def test_a_number_at_the_end_names_a_module_and_no_layer():
 
 
 def test_every_module_is_in_one_strip_also_by_a_hostile_name():
-    names = [f"m.{'9' * 5000}.q", "m.²  .q", "", ".", "m..0..q", "m.-1.q", "m.\u0661.q", "m.0.q"]
+    names = [f"m.{'9' * 5000}.q", "m.².q", "", ".", "m..0..q", "m.-1.q", "m.\u0661.q", "m.0.q"]
     drawn = [module.name for strip in laid(*names).values() for module in strip.modules]
     assert sorted(drawn) == sorted(names)
