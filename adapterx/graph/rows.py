@@ -34,6 +34,40 @@ def unflattened(x: ir.Value, result: ir.Value, widths: tuple[int, int], shapes: 
     return whole, folded
 
 
+def folded_rows(result: ir.Value, width: int, shapes: Shapes) -> ir.Value:
+    """``result`` ``[rows, width]`` of a linear layer, or what it is folded to, where that has more dimensions.
+
+    For layers of which :func:`unflattened` finds no ``x``, since an optimizer merged the flattening with what stood
+    before it (``[n, heads, t, d] -> [n * t, heads * d]``).
+    """
+    folding = _only_user(result)
+    if folding is None or not is_op(folding, *SAME_ROWS):
+        return result
+    folded = folding.outputs[0]
+    flat, after = shapes.rank(result), shapes.shape(folded)
+    if flat != 2 or after is None or len(after) <= flat or after[-1] != width:
+        return result
+    return folded
+
+
+def unflattening(x: ir.Value, folded: ir.Value, d_in: int, name: str) -> list[ir.Node]:
+    """Nodes that give ``x`` ``[rows, d_in]`` the leading dimensions of ``folded``; the last one's output is that."""
+    numbers = {"first": 0, "last": -1, "width": d_in}
+    nodes, values = [], {}
+    for what, number in numbers.items():
+        tensor = ir.tensor(np.array([number], np.int64), name=f"{name}.x/{what}")
+        nodes.append(ir.node("Constant", [], attributes={"value": tensor}, name=f"{name}.x/{what}"))
+        values[what] = nodes[-1].outputs[0]
+    shape = ir.node("Shape", [folded], name=f"{name}.x/Shape")
+    leading = ir.node("Slice", [shape.outputs[0], values["first"], values["last"]], name=f"{name}.x/Slice")
+    whole = ir.node("Concat", [leading.outputs[0], values["width"]], attributes={"axis": 0}, name=f"{name}.x/Concat")
+    reshaped = ir.node("Reshape", [x, whole.outputs[0]], name=f"{name}.x/Reshape")
+    nodes += [shape, leading, whole, reshaped]
+    for node in nodes:
+        node.outputs[0].name = f"{node.name}.out"
+    return nodes
+
+
 def _only_user(value: ir.Value) -> ir.Node | None:
     uses = list(value.uses())
     alone = len(uses) == 1 and uses[0].idx == 0 and not value.is_graph_output()

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -57,7 +57,16 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def save_model(model: ir.Model, path: Path, stage: Path, *, ours: str | None, share_weights: bool) -> None:
+def save_model(
+    model: ir.Model,
+    path: Path,
+    stage: Path,
+    *,
+    ours: str | None,
+    share_weights: bool,
+    written: Collection[str] = (),
+    beside: Path | None = None,
+) -> None:
     """Save ``model`` with all the data files that it names.
 
     Args:
@@ -66,6 +75,8 @@ def save_model(model: ir.Model, path: Path, stage: Path, *, ours: str | None, sh
         stage: where to write for now
         ours: a location that is not to be written (adapter ports), or ``None``
         share_weights: put inline weights into a data file too, so that several sessions can map one copy of them
+        written: locations that are in the stage already
+        beside: a folder whose data files the model may go on using, when it is the model's own
 
     Raises:
         ModelError: two sources for one file name, or a target that is the source.
@@ -73,16 +84,20 @@ def save_model(model: ir.Model, path: Path, stage: Path, *, ours: str | None, sh
     """
     sources = _sources(model, ours)
     for location, source in sources.items():
+        if location in written:
+            continue
         if (path.parent / location).resolve() == source.resolve():
+            if beside is not None and path.parent.resolve() == beside.resolve():
+                continue
             raise ModelError(f"{source} is the source's own data file; extract into another folder")
         _place(source.resolve(), stage / location)
-    _name_as_placed(model)
+    name_as_placed(model)
     if share_weights or sum(tensor.nbytes for tensor in _inline(model)) > _INLINE_LIMIT:
         _externalize(model, stage / _fresh(f"{path.name}.data", sources))
     atomic_write(stage / path.name, ir.to_proto(model).SerializeToString())
 
 
-def _name_as_placed(model: ir.Model) -> None:
+def name_as_placed(model: ir.Model) -> None:
     """Let tensors that were read from behind a link point at the file by the name that it has beside the model."""
     for value in _initializers(model):
         tensor = value.const_value
