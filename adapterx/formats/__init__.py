@@ -145,15 +145,11 @@ def save_adapter(
         OSError: no such folder, no permission, disk full; what was there before is still there.
     """
     kind = written_format(path, format)
-    quantized.check(quantize)
+    quantized.check(quantize, kind)
     if quantize is None:
         _WRITE[kind](adapter, path)
-        return
-    if kind != "safetensors":
-        raise OptionError(
-            f"{path}: quantize={quantize!r} is stored in .safetensors files of adapterx only, not in {kind}"
-        )
-    safetensors.write(adapter, path, quantize=quantize)
+    else:
+        safetensors.write(adapter, path, quantize=quantize)
 
 
 def _is_peft(table: TensorTable, path: Path) -> bool:

@@ -34,16 +34,22 @@ _GREATEST = {"int8": 127, "int4": 7}
 _ADVICE = "Nothing was loaded. Convert the adapter again."
 
 
-def check(quantize: str | None) -> None:
-    """Refuse what is no quantization.
+def check(quantize: str | None, kind: str) -> None:
+    """Refuse what cannot be written.
+
+    Args:
+        quantize: ``None`` is fine
+        kind: the format of the file
 
     Raises:
-        OptionError: anything but ``None`` and the two.
+        OptionError: no such quantization, or another format than ours.
     """
     if quantize is not None and quantize not in _GREATEST:
         known = get_args(Quantization)
         hint = nearest(str(quantize), known)
         raise OptionError(f"quantize={quantize!r} is no option; expected {' or '.join(map(repr, known))}{hint}")
+    if quantize is not None and kind != "safetensors":
+        raise OptionError(f"quantize={quantize!r} is stored in .safetensors files of adapterx only, not in {kind}")
 
 
 def stored(adapter: Adapter, quantization: Quantization) -> tuple[dict[str, Array], dict[str, str]]:
