@@ -38,7 +38,7 @@ _SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _NUMBERED = re.compile(r"^(?P<stem>.+?)(?:_(?P<number>\d+))?$")
 _BASE_LAYER = re.compile(r"base_layer(?:_\d+)?")  # numbered when a module is called again
 # Only under PEFT's root: a model may have a child called base_layer of its own.
-_BASE_TENSOR = re.compile(r"^(?P<module>.*base_model\.model\..+)\.base_layer\.(?:weight|bias)$")
+BASE_TENSOR = re.compile(r"^(?P<module>.*base_model\.model\..+)\.base_layer\.(?:weight|bias)$")
 _OPERATORS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Transpose", "MatMulScaleFusion"})
 
 
@@ -151,7 +151,7 @@ def _by_base(branch: Branch) -> Claim | None:
     """PEFT's word for what it wraps, in the names of the base's weight and bias, which tools leave alone longest."""
     base = None if branch.base_op is None else any_linear(branch.base_op)
     for value in (*(() if base is None else chain(base)), *_addends(branch, base)):
-        found = _BASE_TENSOR.match(unquantized(value.name or ""))
+        found = BASE_TENSOR.match(unquantized(value.name or ""))
         if found is not None:
             return Claim("initializer", found["module"], "", value)
     return None

@@ -26,6 +26,8 @@ _PARAMETER = re.compile(r"^(?P<name>.+\.(?:weight|bias))(?:_\w+)?$")
 # One part in common ("model") is met by chance; two are a place in a module tree.
 _SURE = 2
 _NUMBERED_CHILD = re.compile(r"(\.\d+)+")
+# torch.export's word for a part of a ModuleList: `model.layers.slice(None, 2, None).0`.
+_SLICE = re.compile(r"\.slice\([^()]*\)(?=\.)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Paths:
             ...     "m/model/model/layers.0/self_attn/q_proj")
             'model.layers.0.self_attn.q_proj'
         """
+        module = _SLICE.sub("", module)
         dotted = "/" not in module or _PEFT_ROOT in module
         path = self._from_dotted(module) if dotted else self._from_node(self._unrepeated(module.split("/")))
         return path.replace(".attn.", ".self_attn.") if self.genai else path

@@ -1,0 +1,136 @@
+"""DoRA, VeRA, LoHa and LoKr in a graph: what changes a linear layer's weight, in another way than plain LoRA.
+
+Each is a sum of its own shape beside a base (:mod:`adapterx.graph.sums`): DoRA multiplies the base, VeRA has vectors
+between and behind its two matrices, LoHa and LoKr are one whole matrix. Structure tells DoRA and VeRA; one more matrix
+beside a base is an adapter only if names, metadata or paths say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from adapterx.adapter import GAIN, SHIFT, Array, LowRank
+from adapterx.graph.bases import Base
+from adapterx.graph.evidence import Evidence, evidence
+from adapterx.graph.exported import Exported
+from adapterx.graph.folded import Folding
+from adapterx.graph.hadamard import hadamard
+from adapterx.graph.identity import agreed
+from adapterx.graph.paths import Paths
+from adapterx.graph.sums import Chain, Sum, find_sums
+from adapterx.kinds.lora import cast, of_delta
+from adapterx.site import Kind
+
+# Norm and quotient are rounded in the graph's own type.
+_SAME_RATIO = 1e-2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Met:
+    sum: Sum
+    told: Evidence
+    kind: Kind
+
+
+def find_weight_changes(model: ir.Model, bases: Sequence[Base]) -> list[Exported]:
+    """Every DoRA, VeRA, LoHa and LoKr of ``model``; without a module where nothing names it.
+
+    Args:
+        model: looked at
+        bases: its base operations
+    """
+    folding = Folding(model)
+    met = []
+    for base in bases:
+        for i, one in enumerate(find_sums(base, folding) if base.kind == "linear" else ()):
+            told = evidence(base, one.join, one.nodes, folding)
+            kind = _kind(one, told, first=i == 0)
+            if kind is not None:
+                met.append(_Met(one, told, kind))
+    if not met:
+        return []
+    places = [f"the {one.kind} at node {one.sum.join.name!r}" for one in met]
+    who = agreed([one.told.claims for one in met], places, Paths.of(model), strict=False)
+    found = []
+    for one, identity in zip(met, who, strict=True):
+        change, scale = _change(one, folding)
+        found.append(
+            Exported(
+                module="" if identity is None else identity.module,
+                adapter="" if identity is None else identity.adapter,
+                source="structure" if identity is None else identity.source,
+                kind=one.kind,
+                op=one.sum.base.op,
+                x=one.sum.chains[0].x,
+                base=one.sum.value,
+                join=one.sum.join,
+                change=change,
+                scale=scale,
+                nodes=one.sum.nodes,
+            )
+        )
+    return found
+
+
+def _kind(one: Sum, told: Evidence, *, first: bool) -> Kind | None:
+    """What ``one`` can only be; ``None`` for plain LoRA, and for what is no adapter."""
+    if len(one.chains) != 1:
+        return None
+    chain = one.chains[0]
+    plain = bool((one.gain == 1).all()) and not one.shift.any()
+    match len(chain.matrices):
+        case 2 if told.speaks_of("lora_magnitude_vector") or _is_normed(one.gain, chain.factors[-1]):
+            return "dora"
+        case 2 if plain and (told.speaks_of("vera_") or any(factor.ndim for factor in chain.factors)):
+            return "vera"
+        case 1 if plain and told.claims and (told.wrapped or first):
+            # The base's own name says no more than that PEFT wrapped it: then the adapter is what comes first.
+            return "loha" if told.speaks_of("hada_") else "lokr" if told.speaks_of("lokr_") else "lora"
+    return None
+
+
+def _is_normed(gain: Array, behind: Array) -> bool:
+    """DoRA's mark: the base and the low-rank term are multiplied with one vector, but for the scale."""
+    if gain.ndim == 0 or behind.ndim == 0 or not gain.all():
+        return False
+    ratio = behind / gain
+    return bool(np.ptp(ratio) <= _SAME_RATIO * np.abs(ratio).max())
+
+
+def _change(one: _Met, folding: Folding) -> tuple[LowRank, float]:
+    """The exported adapter, and the scale that is in it as far as the graph still has it."""
+    chain, gain, shift = one.sum.chains[0], one.sum.gain, one.sum.shift
+    dtype = chain.matrices[0].dtype.numpy()
+    if len(chain.matrices) == 1:
+        return _delta(chain, folding)
+    before, between, behind = chain.factors
+    first, second = chain.matrices
+    a = (first.read() * before.reshape(-1, 1) * between).T
+    b = second.read() * behind
+    parts: dict[str, Array] = {}
+    if one.kind == "dora":
+        d_out = b.shape[1]
+        parts[GAIN] = np.broadcast_to(gain - 1, (1, d_out))
+        if shift.any():
+            parts[SHIFT] = np.broadcast_to(shift, (1, d_out))
+    cut = {name: cast(part.astype(np.float32), dtype, name) for name, part in parts.items()}
+    scale = float(np.median(behind / gain)) if one.kind == "dora" and gain.all() else 1.0
+    return LowRank(a=cast(a, dtype, "a"), b=cast(b, dtype, "b"), parts=cut), scale
+
+
+def _delta(chain: Chain, folding: Folding) -> tuple[LowRank, float]:
+    """One matrix ``[d_in, d_out]``: as products where the graph still has them, else at full rank."""
+    [matrix], (before, behind) = chain.matrices, chain.factors
+    dtype = matrix.dtype.numpy()
+    found = hadamard(matrix, folding) if before.ndim == 0 and behind.ndim == 0 else None
+    if found is not None:
+        low_rank, scale = found
+        factor = float(before * behind)
+        b = cast(low_rank.b * np.float32(factor), dtype, "b")
+        return LowRank(a=cast(low_rank.a, dtype, "a"), b=b), scale * factor
+    delta = (matrix.read() * before.reshape(-1, 1) * behind).T
+    return of_delta(cast(delta, dtype, "the change"), dtype), 1.0
