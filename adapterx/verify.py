@@ -20,7 +20,7 @@ from rich.table import Table
 from adapterx.adapter import Adapter, Array, LowRank
 from adapterx.errors import AdapterxError, ModelError
 from adapterx.graph.example_feeds import example_feeds
-from adapterx.graph.extract import low_rank_of
+from adapterx.graph.branch_weights import low_rank_of
 from adapterx.graph.load import load_model, read_proto
 from adapterx.graph.quantized_linear import OF_CODES, any_linear
 from adapterx.graph.sites import AdapterLike, Finding, find

@@ -21,7 +21,6 @@ from adapterx.graph.view import (
     STANDARD,
     Linear,
     all_nodes,
-    constant,
     is_fixed,
     is_op,
     is_static_quantizer,
@@ -117,17 +116,27 @@ def find_branches(model: ir.Model) -> list[Branch]:
     by_output = {one.output: one for one in linears}
     factors = [(*pair, b) for b in linears if (pair := _factor_before(b, by_output)) is not None]
     heads = {a.node for a, _, _ in factors}
-    found: list[Branch] = []
-    for a, inner, b in factors:
-        join = _descend(b)
-        if join is None:
-            continue
-        scale = a.factor * inner * b.factor * join.factor
-        base_op = _base_operation(join, source(a.x), heads)
-        calibrated = _calibrated(b.x, a.output) or (join.delta is not None and _calibrated(join.delta, b.output))
-        where = (join.node, join.base_slot, join.delta_slot, join.delta)
-        found.append(Branch(a, b, scale, *where, base_op, join.reshaped, join.bias, calibrated, join.bias_scale))
-    return found
+    found = (branch_between(a, b, inner=inner, heads=heads) for a, inner, b in factors)
+    return [branch for branch in found if branch is not None]
+
+
+def branch_between(a: Linear, b: Linear, *, inner: float, heads: set[ir.Node]) -> Branch | None:
+    """The branch of two factors, ``None`` when it is not added to anything that depends on the run.
+
+    Args:
+        a: the first factor
+        b: the second, which reads it
+        inner: the factor between them
+        heads: first factors of all branches, none of which is a base
+    """
+    join = _descend(b)
+    if join is None:
+        return None
+    scale = a.factor * inner * b.factor * join.factor
+    base_op = _base_operation(join, source(a.x), heads)
+    calibrated = _calibrated(b.x, a.output) or (join.delta is not None and _calibrated(join.delta, b.output))
+    where = (join.node, join.base_slot, join.delta_slot, join.delta)
+    return Branch(a, b, scale, *where, base_op, join.reshaped, join.bias, calibrated, join.bias_scale)
 
 
 def _calibrated(value: ir.Value, top: ir.Value) -> bool:
@@ -139,21 +148,6 @@ def _calibrated(value: ir.Value, top: ir.Value) -> bool:
             return True
         value = next(operand for operand in node.inputs if operand is not None and not is_fixed(operand))
     return False
-
-
-def embedding_joins(model: ir.Model) -> list[str]:
-    """Names of nodes where ``Gather(A, ids) @ B`` is added to what the base gathers for the same ``ids``."""
-    names = []
-    for node in all_nodes(model):
-        b = any_linear(node)
-        table = None if b is None else scaled(b.x)[0].producer()
-        join = None if b is None or not is_op(table, "Gather") else _descend(b)
-        if join is None or table is None or table.inputs[1] is None or constant(table.inputs[0]) is None:
-            continue
-        base = _base_operation(join, source(table.inputs[1]), {table})
-        if is_op(base, "Gather"):
-            names.append(join.node.name or join.node.outputs[0].name or "")
-    return names
 
 
 def _factor_before(b: Linear, by_output: dict[ir.Value, Linear]) -> tuple[Linear, float] | None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias
 
 import onnx_ir as ir
 
 from adapterx.adapter import LowRank
+from adapterx.graph.branches import Branch
+from adapterx.graph.identity import Identity
 from adapterx.graph.operations import operation
+from adapterx.graph.view import constant
 from adapterx.site import PORTS, AdapterSite, Kind, NameSource
+
+# A node, and which of its inputs.
+Operand: TypeAlias = tuple[ir.Node, int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -16,7 +23,8 @@ class Exported:
     """One adapted operation, the adapter that was exported there, and what of the graph is the adapter's.
 
     Args:
-        module: the module's path as the graph spells it (:meth:`adapterx.graph.paths.Paths.canonical` takes it)
+        module: the module's path as the graph spells it (:meth:`adapterx.graph.paths.Paths.canonical` takes it); ``""``
+            when nothing tells it, and only the exported adapter can
         adapter: the adapter's name, ``""`` when nothing tells it
         source: what told the name
         kind: of the adapter
@@ -28,7 +36,8 @@ class Exported:
         change: the exported adapter, relative parts only
         scale: the factor that the graph applies, for the record (it is in ``change`` already)
         nodes: all nodes that belong to the adapter
-        trained: inputs of ``op`` that hold weights trained in full; they become zeros, and the site must be fed
+        trained: where weights trained in full are read, as nodes and slots; zeros are read there afterwards, and the
+            site must be fed
         prompt: the constant that a prompt's port takes the place of
     """
 
@@ -43,7 +52,7 @@ class Exported:
     change: LowRank
     scale: float = 1.0
     nodes: tuple[ir.Node, ...] = ()
-    trained: tuple[ir.Value, ...] = ()
+    trained: tuple[Operand, ...] = ()
     prompt: ir.Value | None = None
 
     @property
@@ -51,6 +60,44 @@ class Exported:
         """The node in words, for messages."""
         node = self.join or self.op
         return f"node {node.name!r}" if node is not None else f"constant {self.module!r}"
+
+
+def exported_of(branch: Branch, kind: Kind, who: Identity | None, *, x: ir.Value, change: LowRank) -> Exported:
+    """A low-rank branch of another operation than a linear one.
+
+    Args:
+        branch: with an addition as its join
+        kind: of the adapter
+        who: the branch is, where anything tells
+        x: what the base operation reads
+        change: its weights
+    """
+    return Exported(
+        module="" if who is None else who.module,
+        adapter="" if who is None else who.adapter,
+        source="structure" if who is None else who.source,
+        kind=kind,
+        op=branch.base_op,
+        x=x,
+        base=branch.base,
+        join=branch.join,
+        change=change,
+        scale=branch.scale,
+        nodes=nodes_between(branch.delta, branch.a.node),
+    )
+
+
+def nodes_between(last: ir.Value | None, first: ir.Node) -> tuple[ir.Node, ...]:
+    """Every node from ``first`` down to what makes ``last``, with those that make constants ready for them."""
+    found: dict[ir.Node, None] = {}
+    queue = [] if last is None else [last]
+    while queue:
+        node = queue.pop().producer()
+        if node is None or node in found:
+            continue
+        found[node] = None
+        queue += [v for v in node.inputs if v is not None and (node is not first or constant(v) is not None)]
+    return tuple(found)
 
 
 def site_of_exported(exported: Exported, name: str) -> AdapterSite:

@@ -8,32 +8,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 import onnx_ir as ir
 
-from adapterx.adapter import SHIFT, Adapter, LowRank
+from adapterx.adapter import Adapter, LowRank
 from adapterx.combination import combine
 from adapterx.errors import ModelError, OptionError, nearest
 from adapterx.formats import save_adapter
 from adapterx.graph.bases import find_bases
-from adapterx.graph.branches import Branch
+from adapterx.graph.branch_weights import low_rank_of
 from adapterx.graph.calibration import refuse_calibrated
 from adapterx.graph.fingerprint import fingerprint_of
 from adapterx.graph.load import ModelLike, check_model, load_model
 from adapterx.graph.ported import Origin, give_ports
 from adapterx.graph.ports import Masks, PortOptions, Ports
-from adapterx.graph.rewire import bypass, put_exported, rewire
+from adapterx.graph.rewire import blank, bypass, put_exported, rewire
 from adapterx.graph.save import save_model, staged, target_of
 from adapterx.graph.shapes import Shapes
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
-from adapterx.graph.view import constant
 from adapterx.manifest import Manifest, SiteBase, manifest_of
 from adapterx.site import VECTORS, AdapterSite, SiteTable
 
 AdapterFormat = Literal["safetensors", "onnx_adapter", "npz"]
 StaticQDQ = Literal["refuse", "allow"]
 
-_WIDEST = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,34 +151,6 @@ def _read_adapters(finding: Finding, where: str) -> dict[str, Adapter]:
     return {name: Adapter(sites, {**source, "adapter_name": name}) for name, sites in by_name.items()}
 
 
-def low_rank_of(branch: Branch) -> LowRank:
-    """The weights of a branch, scale folded into ``b``; folded in float32, then rounded to the graph's dtype.
-
-    Raises:
-        ModelError: the scaled ``b`` does not fit the dtype.
-    """
-    dtype = branch.a.weight.dtype.numpy()
-    if dtype.itemsize > _WIDEST:
-        raise ModelError(
-            f"{branch.place}: adapter weights are {dtype.name}; adapters are float32 at most, export in float32"
-        )
-    b = branch.b.matrix().astype(np.float32) * np.float32(branch.scale)
-    with np.errstate(over="ignore"):
-        folded = b.astype(dtype)
-    if np.isfinite(b).all() and not np.isfinite(folded.astype(np.float32)).all():
-        raise ModelError(f"node {branch.b.node.name!r}: B times its scale {branch.scale:g} overflows {dtype.name}")
-    parts = {}
-    if branch.bias is not None:
-        bias = constant(branch.bias)
-        if bias is None:
-            raise ModelError(
-                f"{branch.place}: the adapter's own bias is stored as codes; quantize the export without it"
-            )
-        parts[SHIFT] = (bias.numpy().astype(np.float32) * np.float32(branch.bias_scale)).astype(dtype).reshape(1, -1)
-    a = np.ascontiguousarray(branch.a.matrix().T.astype(dtype))
-    return LowRank(a=a, b=np.ascontiguousarray(folded), parts=parts)
-
-
 def _sum(adapters: list[Adapter]) -> Adapter:
     """The exact sum: ranks one after another. One adapter is itself."""
     if len(adapters) == 1:
@@ -204,7 +173,10 @@ def _rewrite(model: ir.Model, finding: Finding, options: PortOptions, fingerprin
     sites = SiteTable([*(_place(members) for members in places.values()), *(other.site for other in others.values())])
     shapes = Shapes(model)
     ranks = {branch: shapes.rank(branch.x) or 2 for found in finding.found for branch in found.branches}
-    required = frozenset(name for name, other in others.items() if any(p.trained or p.prompt for p in other.places))
+    required = {name for name, other in others.items() if any(p.trained or p.prompt for p in other.places)}
+    required |= {found.site.name for found in finding.found if found.trained}
+    for trained in (*(f.trained for f in finding.found), *(p.trained for o in finding.others for p in o.places)):
+        blank(model, trained)
 
     def put(site: AdapterSite, ports: Ports, masks: Masks) -> None:
         if site.name in others:
@@ -219,7 +191,7 @@ def _rewrite(model: ir.Model, finding: Finding, options: PortOptions, fingerprin
                 bypass(branch)
 
     origin = Origin(fingerprint, finding.base_model, finding.absent, _bases(model, finding))
-    return give_ports(model, sites, dataclasses.replace(options, required=required), put, origin=origin)
+    return give_ports(model, sites, dataclasses.replace(options, required=frozenset(required)), put, origin=origin)
 
 
 def _bases(model: ir.Model, finding: Finding) -> dict[str, SiteBase]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from adapterx.site import LOW_RANK, AdapterSite, NameSource
 
 Pair = tuple[Branch, AdapterSite]
 # Half types round once in the exporter's cast and once more when a scale is folded.
-_TOLERANCE = {"float64": 1e-6, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+TOLERANCE = {"float64": 1e-6, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 # Rounding normal numbers to 8 bits changes 1% of their norm, to 4 bits 9%, to 2 bits 36%.
 _QUANTIZED = 0.6
 
@@ -35,14 +36,22 @@ class Match:
     absent: tuple[str, ...]
 
 
-def match_to_adapter(sites: list[Pair], unnamed: list[Branch], adapter: Adapter) -> Match:
+def match_to_adapter(
+    sites: list[Pair], unnamed: list[Branch], adapter: Adapter, *, others: Collection[str] = ()
+) -> Match:
     """Name what ``adapter`` can name: branches without a name, and sites whose name lacks its first parts.
+
+    Args:
+        sites: branches that have names
+        unnamed: branches that have none
+        adapter: that was exported
+        others: its sites that were found already, of other kinds than linear LoRA
 
     Raises:
         MismatchError: nothing of the adapter is in the graph, or several branches could be one site.
     """
     renamed = [(branch, _renamed(branch, site, adapter)) for branch, site in sites]
-    taken = {site.name for _, site in renamed}
+    taken = {site.name for _, site in renamed} | set(others)
     open_sites = {name: low_rank for name, low_rank in adapter.sites.items() if name not in taken}
     by_value, left = _by_value(unnamed, open_sites)
     for _, site in by_value:
@@ -58,14 +67,25 @@ def match_to_adapter(sites: list[Pair], unnamed: list[Branch], adapter: Adapter)
 
 
 def _renamed(branch: Branch, site: AdapterSite, adapter: Adapter) -> AdapterSite:
-    """``site`` under the adapter's name for it: the same path, or one that differs by leading parts only."""
-    if site.name in adapter.sites:
-        return site
-    alike = [name for name in adapter.sites if name.endswith(f".{site.name}") or site.name.endswith(f".{name}")]
+    """``site`` under the adapter's name for it."""
+    return dataclasses.replace(site, name=adapters_name(site.name, adapter, lambda one: _same_values(branch, one)))
+
+
+def adapters_name(name: str, adapter: Adapter, is_same: Callable[[LowRank], bool]) -> str:
+    """What ``adapter`` calls the site ``name``: the same path, or one that differs by leading parts only.
+
+    Args:
+        name: by the graph
+        adapter: that was exported
+        is_same: tells whether one of its sites has the values of this one
+    """
+    if name in adapter.sites:
+        return name
+    alike = [other for other in adapter.sites if other.endswith(f".{name}") or name.endswith(f".{other}")]
     if len(alike) > 1:
         # An encoder that was exported alone lost its prefix, and the decoder's modules end in the same words.
-        alike = [name for name in alike if _same_values(branch, adapter.sites[name])]
-    return dataclasses.replace(site, name=alike[0]) if len(alike) == 1 else site
+        alike = [other for other in alike if is_same(adapter.sites[other])]
+    return alike[0] if len(alike) == 1 else name
 
 
 def _by_value(branches: list[Branch], sites: dict[str, LowRank]) -> tuple[list[Pair], list[Branch]]:
@@ -84,7 +104,8 @@ def _by_shape(branches: list[Branch], sites: dict[str, LowRank]) -> tuple[list[P
     """One branch and one site of a shape belong together; several could be mixed up, so they stay unmatched."""
     shapes: dict[tuple[int, int], list[str]] = defaultdict(list)
     for name, low_rank in sites.items():
-        shapes[low_rank.d_in, low_rank.d_out].append(name)
+        if not low_rank.kernel:
+            shapes[low_rank.d_in, low_rank.d_out].append(name)
     places: dict[tuple[int, int], list[Branch]] = defaultdict(list)
     for branch in branches:
         places[branch.a.d_in, branch.b.d_out].append(branch)
@@ -100,10 +121,12 @@ def _by_shape(branches: list[Branch], sites: dict[str, LowRank]) -> tuple[list[P
 def _same_values(branch: Branch, low_rank: LowRank) -> bool:
     if (branch.a.d_in, branch.b.d_out, branch.rank) != (low_rank.d_in, low_rank.d_out, low_rank.rank):
         return False
-    tolerance = max(_TOLERANCE.get(name, 1e-5) for name in (branch.a.weight.dtype.numpy().name, low_rank.dtype.name))
+    if low_rank.kernel:
+        return False
+    tolerance = max(TOLERANCE.get(name, 1e-5) for name in (branch.a.weight.dtype.numpy().name, low_rank.dtype.name))
     a, b = branch.a.matrix().T, branch.b.matrix() * np.float32(branch.scale)
     return all(
-        _near(one, other) if isinstance(factor.weight, Codes) else _close(one, other, tolerance)
+        _near(one, other) if isinstance(factor.weight, Codes) else close(one, other, tolerance)
         for factor, one, other in ((branch.a, a, low_rank.a), (branch.b, b, low_rank.b))
     )
 
@@ -114,7 +137,8 @@ def _near(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.linalg.norm(left - right) <= _QUANTIZED * np.linalg.norm(right))
 
 
-def _close(one: np.ndarray, other: np.ndarray, tolerance: float) -> bool:
+def close(one: np.ndarray, other: np.ndarray, tolerance: float) -> bool:
+    """Whether two arrays of one shape differ by no more than ``tolerance``, relative to the largest element."""
     left, right = one.astype(np.float32), other.astype(np.float32)
     size = max(float(np.abs(right).max(initial=0.0)), float(np.abs(left).max(initial=0.0)))
     return bool(np.abs(left - right).max(initial=0.0) <= tolerance * max(size, 1e-30))

@@ -12,14 +12,27 @@ import onnx_ir as ir
 from adapterx.adapter import Adapter
 from adapterx.errors import ModelError
 from adapterx.graph.bases import Base, find_bases
+from adapterx.graph.conv_sites import find_convs
+from adapterx.graph.embedding_sites import find_embeddings
 from adapterx.graph.exported import Exported, site_of_exported
+from adapterx.graph.other_names import named
 from adapterx.graph.paths import Paths
+from adapterx.graph.prompt_sites import find_prompts
+from adapterx.graph.saved_sites import find_saved
 from adapterx.site import AdapterSite
 
+_WIDEST = 4
 # Each is given the model and its base operations, which are looked for once.
 Finder = Callable[[ir.Model, Sequence[Base]], list[Exported]]
 
-FINDERS: Final[tuple[Finder, ...]] = ()
+FINDERS: Final[tuple[Finder, ...]] = (
+    find_weight_changes,
+    find_ia3,
+    find_convs,
+    find_embeddings,
+    find_saved,
+    find_prompts,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -30,22 +43,57 @@ class Other:
     places: tuple[Exported, ...]
 
 
-def find_others(model: ir.Model, paths: Paths) -> list[Other]:
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Others:
+    """What the finders found.
+
+    Args:
+        found: by canonical name and adapter
+        left: what nothing names
+        bases: the model's base operations
+    """
+
+    found: tuple[Other, ...]
+    left: tuple[Exported, ...]
+    bases: tuple[Base, ...]
+
+    @property
+    def nodes(self) -> frozenset[ir.Node]:
+        """All nodes that belong to adapters of other kinds than linear LoRA, with the operations that they adapt."""
+        places = [*self.left, *(place for other in self.found for place in other.places)]
+        ops = {place.op for place in places if place.op is not None}
+        return frozenset(ops.union(*(place.nodes for place in places)))
+
+
+def find_others(model: ir.Model, paths: Paths, adapter: Adapter | None = None) -> Others:
     """Everything that the finders find, by canonical name and adapter.
+
+    Args:
+        model: looked at
+        paths: how its names are read
+        adapter: that was exported, if it is at hand
 
     Raises:
         ModelError: two different adapters go by one name.
     """
+    bases = tuple(find_bases(model, paths))
+    own, left = named([one for finder in FINDERS for one in finder(model, bases)], paths, adapter)
     groups: dict[tuple[str, str], list[Exported]] = defaultdict(list)
-    bases = find_bases(model, paths)
-    for finder in FINDERS:
-        for exported in finder(model, bases):
-            groups[paths.canonical(exported.module), exported.adapter].append(exported)
-    return [_other(name, members) for (name, _), members in groups.items()]
+    for name, exported in own:
+        groups[name, exported.adapter].append(exported)
+    found = tuple(other_of(name, members) for (name, _), members in groups.items())
+    return Others(found, tuple(left), bases)
 
 
-def _other(name: str, members: list[Exported]) -> Other:
+def other_of(name: str, members: Sequence[Exported]) -> Other:
+    """The site that several places are together.
+
+    Raises:
+        ModelError: they hold different adapters, or one in float64.
+    """
     first = members[0]
+    if first.change.dtype.itemsize > _WIDEST:
+        raise ModelError(f"{first.place}: adapter weights are {first.change.dtype}; adapters are float32 at most")
     for member in members[1:]:
         if Adapter({name: member.change}) != Adapter({name: first.change}):
             raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,14 +10,16 @@ import onnx_ir as ir
 
 from adapterx.adapter import INPUT_GAIN, PROMPT
 from adapterx.errors import ModelError
-from adapterx.graph.attach import Place, attached
+from adapterx.graph.attach import Place, attached, scaled_input
 from adapterx.graph.branches import SKIP_NORMS, Branch
-from adapterx.graph.exported import Exported
+from adapterx.graph.exported import Exported, Operand
 from adapterx.graph.ports import Masks, Ports
 from adapterx.graph.shapes import Shapes
-from adapterx.graph.view import MICROSOFT, is_op
+from adapterx.graph.view import MICROSOFT, constant, is_op
 from adapterx.site import AdapterSite
 
+# On a value that rewiring replaced: what replaced it. Finders saw the graph as it was before.
+_NOW = "adapterx.now"
 _NORMS = {
     "SkipLayerNormalization": "LayerNormalization",
     "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
@@ -55,28 +58,28 @@ def put_exported(
         exported.prompt.replace_all_uses_with(ports[PROMPT])
         _drop_initializer(exported.prompt)
         return
-    base, op, x = exported.base, exported.op, exported.x
-    assert base is not None, "only a prompt has no base"
+    op, join = exported.op, exported.join
+    assert exported.base is not None, "only a prompt has no base"
     assert op is not None, "only a prompt has no operation"
-    assert x is not None, "an operation has an operand"
-    rank = shapes.rank(base) or 2
-    for value in exported.trained:
-        _zero(model, op, value)
-    join = exported.join
-    if join is not None and INPUT_GAIN in site.ports:
-        # It stood before the operation, which shall read its operand again.
-        join.outputs[0].replace_all_uses_with(x)
-        drop_dead([join])
-        join = None
-    users = [] if join is not None else list(base.uses())
-    nodes = attached(model, Place(base, x, op, rank), site, ports, masks)
+    assert exported.x is not None, "an operation has an operand"
+    place = Place(_now(exported.base), _now(exported.x), op, shapes.rank(exported.base) or 2)
+    if join is not None and INPUT_GAIN in ports:
+        # It stands before the operation; the others come behind it.
+        before = dataclasses.replace(place, rank=shapes.rank(exported.x) or place.rank)
+        scaled = scaled_input(model, before, site, ports[INPUT_GAIN], masks)
+        _replace(join, scaled, {0: scaled[-1].outputs[0]})
+        drop_dead(exported.nodes)
+        ports, join = {name: port for name, port in ports.items() if name != INPUT_GAIN}, None
+    users = [] if join is not None else list(place.base.uses())
+    nodes = attached(model, place, site, ports, masks)
     if join is None:
-        put_after(base, nodes, users)
+        put_after(place.base, nodes, users)
         return
     nodes[-1].name = join.name
     nodes[-1].metadata_props.update(join.metadata_props)
     operands = [producer for value in join.inputs if value is not None and (producer := value.producer()) is not None]
-    _replace(join, nodes, {0: nodes[-1].outputs[0]})
+    after, outputs = _after(join, nodes[-1].outputs[0])
+    _replace(join, [*nodes, *after], outputs)
     drop_dead([*operands, *exported.nodes])
 
 
@@ -89,6 +92,7 @@ def put_after(base: ir.Value, nodes: Sequence[ir.Node], users: Iterable[tuple[ir
     graph = producer.graph
     assert graph is not None, "and lies in a graph"
     total.type, total.shape = base.type, base.shape
+    base.meta[_NOW] = total
     if base.is_graph_output():
         name, base.name = base.name, f"{base.name}/base"
         total.name = name
@@ -98,19 +102,28 @@ def put_after(base: ir.Value, nodes: Sequence[ir.Node], users: Iterable[tuple[ir
         node.replace_input_with(slot, total)
 
 
-def _zero(model: ir.Model, op: ir.Node, value: ir.Value) -> None:
-    """Zeros in place of an input of ``op`` that holds what was trained in full."""
-    assert value.const_value is not None, "what was trained is a constant"
-    tensor = value.const_value
-    name = f"{value.name}.zeros"
-    if name not in model.graph.initializers:
-        zeros = ir.tensor(np.zeros(tensor.shape.numpy(), tensor.dtype.numpy()), name=name)
-        found = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=value.shape, const_value=zeros)
-        model.graph.register_initializer(found)
-    for slot, given in enumerate(op.inputs):
-        if given is value:
-            op.replace_input_with(slot, model.graph.initializers[name])
-    _drop_initializer(value)
+def blank(model: ir.Model, places: Iterable[Operand]) -> None:
+    """Zeros in place of constants that were trained in full; whatever else reads them keeps them.
+
+    Args:
+        model: changed
+        places: nodes, and which of their inputs
+    """
+    for node, slot in places:
+        value = node.inputs[slot]
+        found = constant(value)
+        assert value is not None, "an operand that was found is there"
+        assert found is not None, "what was trained is a constant"
+        name = f"{found.root.name}.zeros{'.turned' if found.transposed else ''}"
+        if name not in model.graph.initializers:
+            zeros = ir.tensor(np.zeros(found.shape, found.dtype.numpy()), name=name)
+            model.graph.register_initializer(
+                ir.Value(name=name, type=ir.TensorType(found.dtype), shape=ir.Shape(found.shape), const_value=zeros)
+            )
+        producer = value.producer()
+        node.replace_input_with(slot, model.graph.initializers[name])
+        drop_dead([] if producer is None else [producer])
+        _drop_initializer(found.root)
 
 
 def _put(branch: Branch, nodes: list[ir.Node], before: list[ir.Node]) -> None:
@@ -185,6 +198,15 @@ def _replace(join: ir.Node, nodes: Sequence[ir.Node], outputs: dict[int, ir.Valu
     old = [join.outputs[i] for i in outputs if i < len(join.outputs)]
     new = [value for i, value in outputs.items() if i < len(join.outputs)]
     ir.convenience.replace_nodes_and_values(graph, join, [join], nodes, old, new)
+    for before, after in zip(old, new, strict=True):
+        before.meta[_NOW] = after
+
+
+def _now(value: ir.Value) -> ir.Value:
+    """What stands for ``value`` since sites above it were rewired."""
+    while (after := value.meta.get(_NOW)) is not None:
+        value = after
+    return value
 
 
 def drop_dead(nodes: Iterable[ir.Node]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import onnx_ir as ir
@@ -15,13 +15,15 @@ from adapterx.errors import ModelError, NoAdaptersFound
 from adapterx.formats import load_adapter
 from adapterx.graph.branches import Branch, find_branches
 from adapterx.graph.calibration import calibrated
-from adapterx.graph.claims import Claim, claims_of
+from adapterx.graph.exported import Exported, Operand
+from adapterx.graph.identity import identities
 from adapterx.graph.leftovers import leftovers
 from adapterx.graph.load import ModelLike, load_model
 from adapterx.graph.match import Pair, match_to_adapter, site_of
 from adapterx.graph.other_kinds import Other, find_others
 from adapterx.graph.paths import Paths
 from adapterx.graph.view import MICROSOFT, STANDARD, all_nodes, is_op
+from adapterx.graph.whole_biases import take_biases
 from adapterx.manifest import manifest_of
 from adapterx.site import AdapterSite, SiteTable
 
@@ -33,10 +35,14 @@ _ALL_CODES = ("QLinearMatMul", "QGemm", "QLinearConv")
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """A site and the branches that are its: several when one module is called several times in a graph."""
+    """A site and the branches that are its: several when one module is called several times in a graph.
+
+    ``trained`` is where the base's bias is read, if that was trained in full and is the adapter's.
+    """
 
     site: AdapterSite
     branches: tuple[Branch, ...]
+    trained: tuple[Operand, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -104,42 +110,57 @@ def find(
 ) -> Finding:
     """:func:`find_sites` on a loaded model, with the branches that a rewriter needs."""
     paths = Paths.of(model)
-    others = find_others(model, paths)
-    theirs = {node for other in others for exported in other.places for node in exported.nodes}
-    branches = [branch for branch in find_branches(model) if branch.a.node not in theirs]
-    claims = {branch: list(claims_of(branch)) for branch in branches}
-    carriers = Counter(id(claim.carrier) for told in claims.values() for claim in told)
-    identified = [(b, _identify(b, told, paths, carriers, strict=adapter is None)) for b, told in claims.items()]
-    sites = [(branch, site) for branch, site in identified if site is not None]
-    left = [branch for branch, site in identified if site is None]
-    absent: tuple[str, ...] = ()
-    base_model = ""
     exported = load_adapter(adapter) if isinstance(adapter, str | os.PathLike) else adapter
+    others = find_others(model, paths, exported)
+    branches = [branch for branch in find_branches(model) if branch.a.node not in others.nodes]
+    told = list(zip(branches, identities(branches, paths, strict=exported is None), strict=True))
+    sites = [(b, site_of(b, paths.canonical(who.module), who.adapter, who.source)) for b, who in told if who]
+    left = [branch for branch, who in told if who is None]
+    absent: tuple[str, ...] = ()
     if exported is not None:
-        match = match_to_adapter(sites, left, exported)
+        match = match_to_adapter(sites, left, exported, others={other.site.name for other in others.found})
         sites, left, absent = match.sites, match.left, match.absent
-        base_model = exported.metadata.get("base_model", "")
     if structural:
         candidates = [branch for branch in left if _looks_like_adapter(branch)]
         left = [branch for branch in left if branch not in candidates]
         sites += [(b, site_of(b, f"structural.{i}", "", "structure")) for i, b in enumerate(candidates)]
-    order = {branch: i for i, branch in enumerate(branches)}
-    sites = _one_name(sites)
-    sites.sort(key=lambda pair: order[pair[0]])
-    unsupported = (*leftovers(model, sites, paths, theirs), *(() if exported else _unnamed(sites, left)))
-    finding = Finding(_grouped(sites), tuple(left), unsupported, absent, base_model, tuple(others))
+    unsupported = [*leftovers(model, sites, paths, others.nodes), *_nameless(others.left, sites)]
+    unsupported += [] if exported else _unnamed(sites, left)
+    whole = take_biases(model, sites, others, exported)
+    named, placed = _one_name(whole.sites, whole.others)
+    order = {branch.a.node: i for i, branch in enumerate(branches)}
+    named.sort(key=lambda pair: order[pair[0].a.node])
+    finding = Finding(
+        found=_grouped(named, whole.trained),
+        left=tuple(left),
+        unsupported=tuple(unsupported),
+        absent=tuple(name for name in absent if name not in {other.site.name for other in placed}),
+        base_model="" if exported is None else exported.metadata.get("base_model", ""),
+        others=placed,
+    )
     if not finding.sites:
         raise NoAdaptersFound(_nothing(model, finding, where))
     return finding
 
 
-def _one_name(sites: list[Pair]) -> list[Pair]:
+def _one_name(sites: list[Pair], others: Iterable[Other]) -> tuple[list[Pair], tuple[Other, ...]]:
     """Sites that do not know their adapter's name have that of the others, where all the others agree."""
-    names = {site.adapter for _, site in sites if site.adapter}
+    others = tuple(others)
+    names = {site.adapter for site in (*(s for _, s in sites), *(other.site for other in others)) if site.adapter}
     if len(names) != 1:
-        return sites
+        return sites, others
     name = names.pop()
-    return [(branch, dataclasses.replace(site, adapter=name)) for branch, site in sites]
+    named = [(branch, dataclasses.replace(site, adapter=name)) for branch, site in sites]
+    return named, tuple(dataclasses.replace(o, site=dataclasses.replace(o.site, adapter=name)) for o in others)
+
+
+def _nameless(left: Iterable[Exported], sites: list[Pair]) -> list[str]:
+    """Branches of convolutions and embeddings without a name, where they can hardly be the base's own."""
+    return [
+        f"{one.place}: {one.kind} of rank {one.change.rank} that nothing names; give the exported adapter (adapter=...)"
+        for one in left
+        if sites or one.scale != 1.0 or one.kind == "embedding"
+    ]
 
 
 def _unnamed(sites: list[Pair], left: list[Branch]) -> list[str]:
@@ -153,47 +174,13 @@ def _unnamed(sites: list[Pair], left: list[Branch]) -> list[str]:
     ]
 
 
-def _identify(
-    branch: Branch, claims: list[Claim], paths: Paths, carriers: Counter[int], *, strict: bool
-) -> AdapterSite | None:
-    """The site that the branch's claims name; ``None`` when there is no claim.
-
-    Claims that contradict each other are an error when ``strict``; else the branch counts as unnamed, for its values
-    to decide.
-    """
-    if not claims:
-        return None
-    # What several branches share names one of them at most: equal tensors are merged by exporters.
-    own = [claim for claim in claims if carriers[id(claim.carrier)] == 1] or claims
-    believed = own[0]
-    name = paths.canonical(believed.module)
-    for claim in own[1:]:
-        other = paths.canonical(claim.module)
-        if not _agree(name, other) and carriers[id(claim.carrier)] == 1:
-            if not strict:
-                return None
-            raise ModelError(
-                f"the branch at {branch.place} is {name!r} by its {_words(believed)} but {other!r} by its "
-                f"{_words(claim)}; a tool renamed one and not the other. Export again, or give the exported adapter"
-            )
-    adapter = next((claim.adapter for claim in own if claim.adapter), "")
-    return site_of(branch, name, adapter, believed.source)
-
-
-def _words(claim: Claim) -> str:
-    return claim.source.replace("_", " ")
-
-
-def _agree(one: str, other: str) -> bool:
-    short, long = sorted((one, other), key=len)
-    return long == short or long.endswith(f".{short}")
-
-
 def _looks_like_adapter(branch: Branch) -> bool:
     return branch.base_op is not None and branch.rank < min(branch.a.d_in, branch.b.d_out)
 
 
-def _grouped(sites: Iterable[tuple[Branch, AdapterSite]]) -> tuple[Found, ...]:
+def _grouped(
+    sites: Iterable[tuple[Branch, AdapterSite]], trained: Mapping[str, Sequence[Operand]]
+) -> tuple[Found, ...]:
     """Branches of one module and adapter together: a module that is called twice has one pair of weights."""
     groups: dict[tuple[str, str], list[tuple[Branch, AdapterSite]]] = defaultdict(list)
     for branch, site in sites:
@@ -207,7 +194,7 @@ def _grouped(sites: Iterable[tuple[Branch, AdapterSite]]) -> tuple[Found, ...]:
                     f"two different low-rank branches, at nodes {site.node!r} and {other.node!r}, both go by the name "
                     f"{name!r}; give the exported adapter, so that their values tell them apart"
                 )
-        found.append(Found(site, tuple(branch for branch, _ in members)))
+        found.append(Found(site, tuple(branch for branch, _ in members), tuple(trained.get(name, ()))))
     return tuple(found)
 
 

@@ -33,10 +33,10 @@ def read(tensors: Mapping[str, Array], scale: Scale) -> LowRank:
     parts = {}
     if "lora_B.bias" in tensors:
         parts[SHIFT] = cast(wide(tensors["lora_B.bias"]).reshape(1, -1) * factor, a.dtype, "lora_B.bias")
-    return LowRank(a=a, b=cast(_spread(wide(b), rank) * factor, b.dtype, "lora_B"), parts=parts)
+    return LowRank(a=a, b=cast(spread(wide(b), rank) * factor, b.dtype, "lora_B"), parts=parts)
 
 
-def _spread(b: Array, rank: int) -> Array:
+def spread(b: Array, rank: int) -> Array:
     """``[r, c_out]``: each group of output channels reads its own ranks."""
     c_out, per_group = b.shape[:2]
     whole = np.zeros((rank, c_out), b.dtype)

@@ -15,7 +15,7 @@ from adapterx.base_weight import read_weight
 from adapterx.formats import load_adapter
 from adapterx.graph.bases import Base, find_bases
 from adapterx.graph.branches import Branch
-from adapterx.graph.extract import low_rank_of
+from adapterx.graph.branch_weights import low_rank_of
 from adapterx.graph.load import ModelLike, load_model
 from adapterx.graph.sites import AdapterLike, Finding, find, label
 from adapterx.graph.stored import tensor_reader, weight_values

@@ -7,10 +7,8 @@ import onnx.parser
 import onnx.reference
 import onnx_ir as ir
 import pytest
-from onnx import numpy_helper
 
-from adapterx.errors import ModelError
-from adapterx.graph.branches import embedding_joins, find_branches
+from adapterx.graph.branches import find_branches
 from adapterx.graph.extract import extract_adapters
 from adapterx.graph.sites import find_sites
 from adapterx.runtime.session import AdapterSession
@@ -132,18 +130,3 @@ def test_the_branch_is_fed_from_above_a_dropout_and_from_below_a_flattening_that
     body = "f = Reshape(x, rows)\n b = Gemm(f, W)\n d = Dropout(f)\n l = Gemm(d, A)\n z = Gemm(l, B)\n y = Add(b, z)"
     (branch,) = branches(body)
     assert branch.x.name == "f"
-
-
-EMBEDDING = (
-    '<ir_version: 10, opset_import: ["" : 20]>\n'
-    "g (int64[N] ids, float[N, 6] x) => (float[N, 4] y) {{\n {base}\n l = Gather(A, ids)\n z = MatMul(l, B)\n"
-    " d = Mul(z, s)\n y = Add(b, d)\n}}"
-)
-
-
-@pytest.mark.parametrize(("base", "count"), [("b = Gather(W, ids)", 1), ("b = MatMul(x, W)", 0)])
-def test_an_embedding_with_a_branch_is_one_whose_base_gathers_the_same_ids(base, count):
-    proto = onnx.parser.parse_model(EMBEDDING.format(base=base))
-    proto.graph.initializer.extend(numpy_helper.from_array(WEIGHTS[name], name) for name in "WABs")
-    proto.graph.node[-1].name = "join"
-    assert embedding_joins(ir.from_proto(proto)) == ["join"] * count

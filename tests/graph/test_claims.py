@@ -43,7 +43,7 @@ def words(found):
         ("lora_A.default.weight", None),
         ("fc.lora_C.default.weight", None),
         ("fc.lora_alpha.weight", None),
-        ("fc.lora_embedding_A.default", None),
+        ("fc.lora_embedding_A.default", ("fc", "A", "default")),
         ("fc.weight", None),
         ("", None),
     ],

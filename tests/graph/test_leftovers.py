@@ -51,25 +51,28 @@ def test_a_model_that_is_lora_throughout_is_taken(tmp_path):
     assert extract_adapters(proto, tmp_path, make_inputs=True).sites.names == ["fc"]
 
 
-def test_a_head_that_was_trained_in_full_would_stay(tmp_path):
-    assert_refused(model("y = MatMul(h, V)", {"y": "/m/head/style/MatMul"}), tmp_path, "head: trained in full")
+def test_a_norm_that_was_trained_in_full_would_stay(tmp_path):
+    proto = model("y = LayerNormalization(h, scale)", {"y": "/m/norm/style/LayerNormalization"})
+    assert_refused(proto, tmp_path, "norm: trained in full")
 
 
 def test_a_module_that_peft_wrapped_otherwise_would_stay(tmp_path):
-    proto = model("v = MatMul(h, V)\n y = Mul(v, scale)", {"v": "/m/up/base_layer/MatMul", "y": "/m/up/Mul"})
+    proto = model("v = MatMul(h, V)\n y = Sin(v)", {"v": "/m/up/base_layer/MatMul", "y": "/m/up/Sin"})
     assert_refused(proto, tmp_path, "up: wrapped by PEFT")
 
 
-def test_an_embeddings_branch_would_stay(tmp_path):
-    body = """
-        e = Gather(table, ids)
-        f = Gather(E, ids)
-        g = MatMul(f, F)
-        s = Add(e, g)
-        y = Add(h, s)
-    """
-    paths = {"e": "/m/embed/Gather", "f": "/m/embed/Gather_1", "g": "/m/embed/MatMul", "s": "/m/embed/Add"}
-    assert_refused(model(body, paths, "float[N, 6] x, int64[N] ids"), tmp_path, "an embedding with a low-rank branch")
+EMBEDDED = """
+    e = Gather(table, ids)
+    f = Gather(E, ids)
+    g = MatMul(f, F)
+    s = Add(e, g)
+    y = Add(h, s)
+"""
+
+
+def test_an_embeddings_branch_that_lost_its_name_would_stay(tmp_path):
+    proto = model(EMBEDDED, {"e": "n1", "f": "n2", "g": "n3", "s": "n4"}, "float[N, 6] x, int64[N] ids")
+    assert_refused(proto, tmp_path, "node 'n4': embedding of rank 2 that nothing names")
 
 
 SECOND = """
