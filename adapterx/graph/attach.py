@@ -74,21 +74,33 @@ def _form(site: AdapterSite) -> str:
     return "embedding" if site.is_embedding else "linear"
 
 
+def scaled_input(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, masks: Masks) -> list[ir.Node]:
+    """Nodes that give ``place.x * (1 + input_gain)``, in order, not yet in the graph.
+
+    Args:
+        model: gets the constants that they need
+        place: ``rank`` is that of ``x`` here
+        site: which of the ports there are
+        port: of the gain
+        masks: made as they are needed
+    """
+    nodes = _vector(model, place, site, port, masks, INPUT_GAIN)
+    scaled = ir.node("Mul", [place.x, nodes[-1].outputs[0]], name=f"{site.name}.{INPUT_GAIN}/Mul")
+    nodes += [scaled, ir.node("Add", [place.x, scaled.outputs[0]], name=f"{site.name}.{INPUT_GAIN}/Add")]
+    for node in nodes:
+        node.outputs[0].name = f"{node.name}.out"
+    return nodes
+
+
 def _scale_input(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, masks: Masks) -> None:
     op = place.op
     if op is None or op.graph is None or place.x not in op.inputs:
         raise ModelError(
             f"{site.name}: its input cannot be scaled for it alone, because its operation does not read it directly"
         )
-    before = dataclasses.replace(place, base=place.x)
-    nodes = _vector(model, before, site, port, masks, INPUT_GAIN)
-    scaled = ir.node("Mul", [place.x, nodes[-1].outputs[0]], name=f"{site.name}.{INPUT_GAIN}/Mul")
-    total = ir.node("Add", [place.x, scaled.outputs[0]], name=f"{site.name}.{INPUT_GAIN}/Add")
-    nodes += [scaled, total]
-    for node in nodes:
-        node.outputs[0].name = f"{node.name}.out"
+    nodes = scaled_input(model, place, site, port, masks)
     op.graph.insert_before(op, nodes)
-    op.replace_input_with(op.inputs.index(place.x), total.outputs[0])
+    op.replace_input_with(op.inputs.index(place.x), nodes[-1].outputs[0])
 
 
 def _vector(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, masks: Masks, name: str) -> list[ir.Node]:

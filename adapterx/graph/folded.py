@@ -151,6 +151,11 @@ def _filled(node: ir.Node, shape: Array) -> Array:
     return np.full(shape.tolist(), fill.reshape(())[()])
 
 
+def _eye(node: ir.Node, array: Array) -> Array:
+    rows, columns = array.shape
+    return np.eye(rows, columns, int(attribute(node, "k", 0)), dtype=np.float32)
+
+
 def _same(_: ir.Node, *arrays: Array) -> Array:
     return arrays[0]
 
@@ -177,5 +182,5 @@ _OPERATIONS: Mapping[str, Callable[..., Array]] = {
     "Sqrt": lambda _, array: np.sqrt(array),
     "ReduceL2": _norm,
     "ConstantOfShape": _filled,
-    "EyeLike": lambda node, array: np.eye(*array.shape, k=int(attribute(node, "k", 0)), dtype=np.float32),
+    "EyeLike": _eye,
 }

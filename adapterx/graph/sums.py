@@ -241,10 +241,10 @@ class _Reader:
 
     def _matrix(self, value: ir.Value) -> tuple[Matrix, ir.Value] | None:
         """The matrix that ``value`` is a product with, and the other operand."""
-        for node in _product_nodes(value):
-            found = any_linear(node)
+        for one in _product_nodes(value):
+            found = any_linear(one)
             if found is not None and found.output is value and self._adds_the_base(found.addend):
-                return Matrix(node, node.inputs[1], functools.partial(_stored, found), found.weight.dtype), found.x
+                return Matrix(one, one.inputs[1], functools.partial(_stored, found), found.weight.dtype), found.x
         node = value.producer()
         if node is None or not is_op(node, "MatMul", "Gemm") or attribute(node, "transA", 0):
             return None
@@ -273,11 +273,11 @@ def _stored(found: Linear) -> Array:
 def _product_nodes(value: ir.Value) -> Sequence[ir.Node]:
     """The node that can be the product which ends in ``value``: itself, or where codes are dequantized, one above."""
     found = []
-    node = value.producer()
+    above: ir.Value | None = value
     for _ in range(3):
+        node = None if above is None else above.producer()
         if node is None:
             break
         found.append(node)
-        first = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
-        node = None if first is None else first.producer()
+        above = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
     return found

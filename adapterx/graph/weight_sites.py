@@ -19,7 +19,7 @@ from adapterx.graph.evidence import Evidence, evidence
 from adapterx.graph.exported import Exported
 from adapterx.graph.folded import Folding
 from adapterx.graph.hadamard import hadamard
-from adapterx.graph.identity import agreed
+from adapterx.graph.identity import Identity, agreed
 from adapterx.graph.paths import Paths
 from adapterx.graph.sums import Chain, Sum, find_sums
 from adapterx.kinds.lora import cast, of_delta
@@ -55,25 +55,24 @@ def find_weight_changes(model: ir.Model, bases: Sequence[Base]) -> list[Exported
         return []
     places = [f"the {one.kind} at node {one.sum.join.name!r}" for one in met]
     who = agreed([one.told.claims for one in met], places, Paths.of(model), strict=False)
-    found = []
-    for one, identity in zip(met, who, strict=True):
-        change, scale = _change(one, folding)
-        found.append(
-            Exported(
-                module="" if identity is None else identity.module,
-                adapter="" if identity is None else identity.adapter,
-                source="structure" if identity is None else identity.source,
-                kind=one.kind,
-                op=one.sum.base.op,
-                x=one.sum.chains[0].x,
-                base=one.sum.value,
-                join=one.sum.join,
-                change=change,
-                scale=scale,
-                nodes=one.sum.nodes,
-            )
-        )
-    return found
+    return [_exported(one, identity, folding) for one, identity in zip(met, who, strict=True)]
+
+
+def _exported(one: _Met, who: Identity | None, folding: Folding) -> Exported:
+    change, scale = _change(one, folding)
+    return Exported(
+        module="" if who is None else who.module,
+        adapter="" if who is None else who.adapter,
+        source="structure" if who is None else who.source,
+        kind=one.kind,
+        op=one.sum.base.op,
+        x=one.sum.chains[0].x,
+        base=one.sum.value,
+        join=one.sum.join,
+        change=change,
+        scale=scale,
+        nodes=one.sum.nodes,
+    )
 
 
 def _kind(one: Sum, told: Evidence, *, first: bool) -> Kind | None:
