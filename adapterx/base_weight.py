@@ -137,7 +137,7 @@ def read_weight(ref: BaseWeight, tensor: Tensors) -> Array:
     return _matrix(ref, values)
 
 
-def written(ref: BaseWeight, weight: Array, tensor: Tensors) -> dict[str, Array]:
+def written(ref: BaseWeight, weight: Array, tensor: Tensors, *, keep_grid: bool = False) -> dict[str, Array]:
     """The tensors that hold ``weight``, in the dtype, block and scheme that are there now.
 
     A quantized group keeps its present scale and zero point where they fit the new numbers better than those that ONNX
@@ -147,6 +147,8 @@ def written(ref: BaseWeight, weight: Array, tensor: Tensors) -> dict[str, Array]
         ref: how it is stored
         weight: ``[d_in, d_out]``
         tensor: initializer name -> its present content
+        keep_grid: no scale and no zero point changes, since something else depends on them; what lies beyond the
+            outermost code is clipped
 
     Returns:
         Initializer name -> content, for all of ``ref.tensors``.
@@ -162,7 +164,7 @@ def written(ref: BaseWeight, weight: Array, tensor: Tensors) -> dict[str, Array]
         return {ref.tensors[WEIGHT]: values.reshape(present.shape).astype(present.dtype)}
     if ref.storage != "affine":
         raise ModelError(f"{ref.tensors[WEIGHT]}: a weight in {ref.storage} can be read but not written")
-    return _requantized(ref, values, tensor)
+    return _requantized(ref, values, tensor, keep_grid)
 
 
 def _matrix(ref: BaseWeight, values: Array) -> Array:
@@ -303,11 +305,11 @@ def _is_float(array: Array) -> bool:
 # -- Requantization --------------------------------------------------------------------------------------------------
 
 
-def _requantized(ref: BaseWeight, values: Array, tensor: Tensors) -> dict[str, Array]:
+def _requantized(ref: BaseWeight, values: Array, tensor: Tensors, keep_grid: bool) -> dict[str, Array]:
     present, old_codes = _grid(ref, tensor), _grouped(ref, _codes(ref, tensor))
     groups = _grouped(ref, values.astype(np.float32, copy=False))
     stored_scale = tensor(ref.tensors[SCALE])
-    fresh = _fresh(ref, groups, present, old_codes, tensor)
+    fresh = present if keep_grid else _fresh(ref, groups, present, old_codes, tensor)
     # The codes are chosen for the scale as it is stored, not as it was computed.
     fresh = dataclasses.replace(fresh, scale=fresh.scale.astype(stored_scale.dtype).astype(np.float32))
     kept, new = present.codes(groups), fresh.codes(groups)

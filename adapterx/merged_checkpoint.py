@@ -13,17 +13,20 @@ import numpy as np
 
 from adapterx.adapter import PROMPT, WHOLE_BIAS, WHOLE_WEIGHT, Adapter, Array, LowRank
 from adapterx.atomic import Buffer
-from adapterx.base_weight import WEIGHT, BaseWeight, Form, read_weight, written
+from adapterx.base_weight import WEIGHT, BaseWeight, Form, read_weight
 from adapterx.errors import FormatError, MismatchError, OptionError, nearest
 from adapterx.formats import load_adapter
 from adapterx.formats.checkpoint import CONFIG, Checkpoint, read_checkpoint
 from adapterx.formats.checkpoint_copy import NewTensor, write_copy
 from adapterx.formats.json_text import json_object
 from adapterx.formats.peft_config import NAME as ADAPTER_CONFIG
+from adapterx.kinds import shaped
 from adapterx.kinds.merged import Merger, merger
+from adapterx.kinds.merged_rows import merged_rows
 from adapterx.merge_table import Merge, MergeRow
+from adapterx.pipeline import for_model
 from adapterx.renaming import renaming
-from adapterx.weight_rows import part_of, place_of, row_blocks, row_span
+from adapterx.weight_rows import row_blocks, row_span
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 _HEAD = "lm_head"
@@ -67,7 +70,10 @@ def merge_peft(
     base = read_checkpoint(Path(model_dir))
     _refuse_quantized(base)
     adapter = adapter_dir if isinstance(adapter_dir, Adapter) else load_adapter(adapter_dir)
-    plan = _Plan(base, weight, rows_first=_conv1d(adapter_dir, adapter, base))
+    # A pipeline's adapter has sites in several checkpoints.
+    adapter = for_model(adapter, dict.fromkeys(_known(base)))
+    rows_first, peft_type = _conv1d(adapter_dir, adapter, base), adapter.metadata.get("peft_type", "")
+    plan = _Plan(base, weight, rows_first=rows_first, peft_type=peft_type)
     tensors = plan.tensors(adapter)
     write_copy(base, tensors, target, config=_untied(base.config) if plan.untied else base.config)
     dtypes = {tensor.name: tensor.dtype.name for tensor in tensors}
@@ -129,6 +135,7 @@ class _Plan:
         base: the checkpoint
         amount: how much of the adapter
         rows_first: linear weights lie ``[d_in, d_out]``
+        peft_type: what the adapter's file calls its kind
         modules: site -> module of the checkpoint
         untied: the output layer does not share the embedding's table any more
     """
@@ -136,6 +143,7 @@ class _Plan:
     base: Checkpoint
     amount: float
     rows_first: bool
+    peft_type: str
     modules: dict[str, str] = dataclasses.field(default_factory=dict)
     untied: bool = False
 
@@ -179,6 +187,9 @@ class _Plan:
         """The weight ``name``, made of ``source``, and the module's bias."""
         stored, bias = self.base.tensors.get(source), self.base.tensors.get(f"{module}.bias")
         shape = () if stored is None else stored.shape
+        if len(shape) > 1:
+            d_in = shape[0] if self._lies_rows_first(source) else shape[1]
+            change = shaped(change, d_in, shape[2:], peft_type=self.peft_type)
         ref = self._ref(source, shape, change)
         # Where only a bias changes, the weight may be of any shape (a norm's).
         sizes = (ref.d_in, ref.d_out) if ref is not None else (0, 0 if bias is None else math.prod(bias.shape))
@@ -290,9 +301,10 @@ def _merged_pieces(base: Checkpoint, ref: BaseWeight, done: Merger | None) -> Ca
         stored = base.read(name, row_span(ref, WEIGHT, nbytes, rows))
         if done is None:
             return stored
-        part = part_of(ref, rows)
-        block = read_weight(part, lambda _: stored)
-        return written(part, done.weight(block, *place_of(ref, rows)), lambda _: stored)[name]
+        try:
+            return merged_rows(ref, rows, done, lambda _: stored)[name]
+        except ValueError as fault:
+            raise MismatchError(f"{name}: {fault}. Nothing was written.") from None
 
     def pieces() -> Iterator[Buffer]:
         for rows in row_blocks(ref, {WEIGHT: nbytes}):

@@ -61,6 +61,7 @@ CASES = {
     ),
     "loha": ("llama_short", Lora(("q_proj", "down_proj"), kind="loha")),
     "lokr": ("llama_short", Lora(("q_proj", "down_proj"), kind="lokr")),
+    "vera": ("llama_short", Lora(("q_proj", "down_proj"), kind="vera")),
     "lm_head": ("llama_short", Lora(("q_proj", "lm_head"))),
     "saved classifier": (
         "bert_classifier",
@@ -107,6 +108,14 @@ def test_half_types_are_summed_in_float_and_rounded_once(dtype, tmp_path):
         # The order of a float32 sum may move a value over the edge of a rounding.
         assert (merged[name] != expected).float().mean() < 1e-3
         torch.testing.assert_close(merged[name], expected, rtol=2**-7, atol=0)
+
+
+def test_numbers_beyond_float16_are_refused(tmp_path):
+    base = saved(tmp_path, models.llama_short().model.to(torch.float16))
+    huge = LowRank(a=np.full((1, 48), 300, np.float32), b=np.full((1, 48), 300, np.float32))
+    with pytest.raises(ax.MismatchError, match=r"q_proj\.weight: merged numbers are beyond float16"):
+        merge_peft(base, Adapter({"model.layers.0.self_attn.q_proj": huge}), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_shards_keep_their_names_order_and_index(tmp_path):

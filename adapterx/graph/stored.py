@@ -55,10 +55,15 @@ def tensor_reader(values: Mapping[str, ir.Value]) -> Callable[[str], Array]:
         if isinstance(found, ir.ExternalTensor) and found.dtype.bitwidth < _BYTE:
             with (Path(found.base_dir) / found.location).open("rb", buffering=0) as file:
                 file.seek(found.offset or 0)
-                return np.fromfile(file, np.uint8, found.nbytes)
+                return np.fromfile(file, packed_dtype(found.dtype), found.nbytes)
         return read(found)
 
     return tensor
+
+
+def packed_dtype(dtype: ir.DataType) -> np.dtype[np.generic]:
+    """The numpy type of a tensor's bytes as they lie in a file: codes of less than a byte are packed into bytes."""
+    return np.dtype(np.uint8) if dtype.bitwidth < _BYTE else dtype.numpy()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

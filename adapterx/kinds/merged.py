@@ -32,6 +32,7 @@ class Merger:
         shift: ``[d_out]``
         whole: ``[d_in, d_out]``, what the weight is replaced with by ``amount``
         amount: how much of ``whole`` the sum has
+        undo: take the change out of a weight that it was merged into
     """
 
     a: Array
@@ -41,6 +42,7 @@ class Merger:
     shift: Array | None = None
     whole: Array | None = None
     amount: float = 1.0
+    undo: bool = False
 
     @property
     def changes_weight(self) -> bool:
@@ -60,6 +62,8 @@ class Merger:
             rows: which of ``d_in``
             columns: which of ``d_out``
         """
+        if self.undo:
+            return self._before(block, rows, columns)
         total = block
         if self.whole is not None:
             # Not block + amount * (whole - block), which would not be `whole` when amount is 1.
@@ -75,14 +79,34 @@ class Merger:
             total = np.add(delta, total, out=delta)
         return total
 
+    def _before(self, block: Array, rows: slice, columns: slice) -> Array:
+        total = block - self.a[:, rows].T @ self.b[:, columns] if len(self.a) else block
+        if self.gain is not None:
+            total = total / (1 + self.gain[columns])
+        return total if self.input_gain is None else total / (1 + self.input_gain[rows, None])
+
     def bias(self, bias: Array | None) -> Array | None:
         """The bias ``[d_out]`` with the change in it; ``None`` where there is none, and none is needed."""
         if bias is None:
-            return self.shift
+            return None if self.shift is None else -self.shift if self.undo else self.shift
         total = wide(bias).reshape(-1)
+        if self.undo:
+            total = total if self.shift is None else total - self.shift
+            return total if self.gain is None else total / (1 + self.gain)
         if self.gain is not None:
             total = total * (1 + self.gain)
         return total if self.shift is None else total + self.shift
+
+    def undone(self) -> Merger:
+        """What takes the change out again: exactly its inverse, but for rounding.
+
+        Raises:
+            ValueError: a gain that made zeros of numbers.
+        """
+        gains = [part for part in (self.gain, self.input_gain) if part is not None]
+        if self.whole is not None or any((part == -1).any() for part in gains):
+            raise ValueError("it replaced numbers, which are not in the merged weight any more; keep the base model")
+        return dataclasses.replace(self, undo=True)
 
 
 def merger(
