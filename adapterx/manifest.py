@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -58,6 +59,31 @@ class SiteBase:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Kept:
+    """A site whose adapter stays in the codes that a quantizer made of it, in the graph's own nodes.
+
+    Args:
+        a: how the graph stores ``lora_A``; the tensors are called ``<site>.lora_A.weight`` and, where it has them,
+            ``.scale`` and ``.zero_point`` after that
+        b: how it stores ``lora_B``
+        scale: what the graph multiplies with besides; the ``b`` of an adapter is divided by it first
+    """
+
+    a: BaseWeight
+    b: BaseWeight
+    scale: float
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor of the site in the graph."""
+        return (*self.a.tensors.values(), *self.b.tensors.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"a": self.a.as_dict(), "b": self.b.as_dict(), "scale": self.scale}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything that a runtime must know of an extracted model.
 
@@ -76,6 +102,8 @@ class Manifest:
         elsewhere: sites of the same adapters that other files of the export hold (an encoder's, in a decoder)
         required: sites whose base the graph does not have, since they were trained in full: they must be fed
         bases: by site name, for sites that take gains and shifts
+        kept: by site name, sites whose adapters stay quantized (external mode only); their rank is fixed, and their
+            tensors lie in a file that is there, holding the exported adapter
     """
 
     sites: SiteTable
@@ -91,6 +119,7 @@ class Manifest:
     elsewhere: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     bases: Mapping[str, SiteBase] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, Kept] = dataclasses.field(default_factory=dict)
 
     def tensor_names(self) -> dict[str, tuple[str, ...]]:
         """Site name -> names of its tensors in adapter files, and in the graph where not packed."""
@@ -102,6 +131,7 @@ class Manifest:
         fields["sites"] = [site.as_dict() for site in self.sites]
         fields["packs"] = [dataclasses.asdict(pack) for pack in self.packs]
         fields["bases"] = {name: base.as_dict() for name, base in self.bases.items()}
+        fields["kept"] = {name: kept.as_dict() for name, kept in self.kept.items()}
         return json.dumps({"format_version": FORMAT_VERSION, **fields}, separators=(",", ":"))
 
     @classmethod
@@ -130,6 +160,9 @@ class Manifest:
             raw["elsewhere"] = tuple(raw.get("elsewhere", ()))
             raw["required"] = tuple(raw.get("required", ()))
             raw["bases"] = _bases(raw.get("bases", {}))
+            raw["kept"] = {name: _kept(kept) for name, kept in raw.get("kept", {}).items()}
+            if raw["kept"].keys() - {site.name for site in raw["sites"]} or (raw["kept"] and raw["port"] != "external"):
+                raise ValueError("it keeps codes of sites that it does not have, or where nothing is external")
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, ModelError):
@@ -143,6 +176,13 @@ def _bases(raw: dict[str, Any]) -> dict[str, SiteBase]:
         weight = None if base["weight"] is None else BaseWeight.from_dict(base["weight"])
         found[name] = SiteBase(weight, str(base["bias"]))
     return found
+
+
+def _kept(raw: dict[str, Any]) -> Kept:
+    scale = float(raw["scale"])
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"a site that stays quantized has scale {scale}")
+    return Kept(BaseWeight.from_dict(raw["a"]), BaseWeight.from_dict(raw["b"]), scale)
 
 
 def _site(raw: dict[str, Any]) -> AdapterSite:

@@ -165,7 +165,8 @@ class Masks:
         self._model, self._as_input = model, as_input
         self._inputs: dict[str, ir.Value] = {}
         self._forms: dict[tuple[str, int, bool, ir.DataType], ir.Value] = {}
-        self._input(MASK)
+        if as_input:
+            self._input(MASK)
 
     @property
     def row_mask(self) -> str | None:

@@ -19,14 +19,17 @@ from pathlib import Path
 
 import onnx
 
-from adapterx.adapter import Adapter
+from adapterx.adapter import Adapter, Array, tensor_name
 from adapterx.errors import ModelError, OptionError
+from adapterx.runtime.base_tensors import BaseTensors
 from adapterx.runtime.inference import Host, ort, ort_values
+from adapterx.runtime.kept import coded, exported_codes
 from adapterx.runtime.options import copied, entry
 from adapterx.runtime.ports import port_arrays
 from adapterx.runtime.relocation import relocate
 from adapterx.runtime.resident import Resident
 from adapterx.runtime.source import FOLDER_OPTION, ModelSource
+from adapterx.site import LOW_RANK
 
 _PREPACKING = "session.disable_prepacking"
 
@@ -62,6 +65,8 @@ class BakedModels:
         # Every initializer must be there in each session, whatever the manifest calls optional.
         self._manifest = dataclasses.replace(source.manifest, optional=False)
         self._ports, self._skeleton, self._folder = _dissected(source)
+        tensors = BaseTensors(source.graph, source.folder, source.where)
+        self._exported = exported_codes(source.manifest.kept, source.manifest.sites, tensors.tensor)
         self._host, self._limit = host, limit
         self._repacks = _counts_otherwise_when_repacked(source.graph)
         self._options()
@@ -102,12 +107,14 @@ class BakedModels:
 
     def _built(self, adapter: Adapter | None) -> ort.InferenceSession:
         arrays = port_arrays(adapter, self._manifest)
+        codes: dict[str, Array] = {}
+        for site, kept in self._manifest.kept.items():
+            a, b = (arrays.pop(tensor_name(site, side)) for side in LOW_RANK)
+            codes |= coded(kept, a, b, self._exported)
         patch = onnx.ModelProto()
         for name, port in self._ports.items():
             tensor = patch.graph.initializer.add()
-            tensor.CopyFrom(port)
-            tensor.ClearField("dims")
-            tensor.dims.extend(arrays[name].shape)
+            tensor.CopyFrom(_inline(port, codes[name]) if name in codes else _of_shape(port, arrays[name].shape))
         options = self._options()
         # Applied before optimization, unlike add_initializer, so that nothing is folded over a placeholder.
         values = ort_values(arrays)
@@ -124,6 +131,21 @@ class BakedModels:
         return options
 
 
+def _of_shape(port: onnx.TensorProto, shape: tuple[int, ...]) -> onnx.TensorProto:
+    tensor = onnx.TensorProto()
+    tensor.CopyFrom(port)
+    tensor.ClearField("dims")
+    tensor.dims.extend(shape)
+    return tensor
+
+
+def _inline(port: onnx.TensorProto, codes: Array) -> onnx.TensorProto:
+    """``codes`` inside the graph: of elements below a byte, ONNX Runtime's Python API makes no values of its own."""
+    packed = codes.shape != tuple(port.dims)
+    raw = codes.tobytes() if packed else onnx.numpy_helper.from_array(codes).raw_data
+    return onnx.TensorProto(name=port.name, data_type=port.data_type, dims=port.dims, raw_data=raw)
+
+
 def _counts_otherwise_when_repacked(model: onnx.ModelProto) -> bool:
     attributes = {"MatMulNBits": "accuracy_level", "DequantizeLinear": "block_size"}
     graphs = [model.graph, *model.functions]
@@ -137,7 +159,9 @@ def _counts_otherwise_when_repacked(model: onnx.ModelProto) -> bool:
 
 def _dissected(source: ModelSource) -> tuple[dict[str, onnx.TensorProto], bytes, Path | None]:
     """The ports' initializers, the rest of the model as bytes, and the folder of its external data."""
-    wanted = {name for pair in source.manifest.tensor_names().values() for name in pair}
+    kept_sites = source.manifest.kept
+    wanted = {n for site, names in source.manifest.tensor_names().items() if site not in kept_sites for n in names}
+    wanted |= {name for site in kept_sites.values() for name in site.names}
     skeleton = onnx.ModelProto()
     skeleton.CopyFrom(source.graph)
     initializers = list(skeleton.graph.initializer)

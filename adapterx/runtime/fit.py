@@ -56,12 +56,14 @@ def fit(
         MismatchError: naming every fault: unknown sites, shapes, ranks of fixed ports, dtypes, the base's fingerprint.
     """
     faults = [] if allow_other_base else [_Fault("base", cause) for cause in _other_base(adapter.metadata, manifest)]
-    fixed_rank = manifest.port != "external" and not manifest.dynamic_rank
+    fixed = frozenset(manifest.kept)
+    if manifest.port != "external" and not manifest.dynamic_rank:
+        fixed = frozenset(site.name for site in manifest.sites)
     here = [site for site in adapter.sites if site not in manifest.elsewhere]
     if here and len(here) < len(adapter.sites):
         adapter = Adapter({site: adapter.sites[site] for site in here}, adapter.metadata)
     lower = functools.partial(_lowered, manifest=manifest, bases=bases)
-    fitting = _fitted(adapter, manifest.sites, name=name, fixed_rank=fixed_rank, faults=faults, lower=lower)
+    fitting = _fitted(adapter, manifest.sites, name=name, fixed=fixed, faults=faults, lower=lower)
     if lost := [site for site in manifest.required if site not in fitting.sites]:
         faults = [_Fault(site, "adapter says nothing of it, and the model has no base there") for site in lost]
         raise MismatchError(_message(name, faults, len(adapter.sites), [site.name for site in manifest.sites]))
@@ -132,14 +134,22 @@ def fitted(
         >>> fitted(Adapter({"fc": LowRank(a=np.ones((2, 4)), b=np.ones((2, 3)))}), [site]).sites["m.fc"].dtype
         dtype('float32')
     """
-    return _fitted(adapter, sites, name=name, fixed_rank=fixed_rank, faults=[], lower=lambda change, _: change)
+    sites = list(sites)
+    fixed = frozenset(site.name for site in sites if fixed_rank)
+    return _fitted(adapter, sites, name=name, fixed=fixed, faults=[], lower=lambda change, _: change)
 
 
 _Lower = Callable[[LowRank, AdapterSite], LowRank]
 
 
 def _fitted(
-    adapter: Adapter, sites: Iterable[AdapterSite], *, name: str, fixed_rank: bool, faults: list[_Fault], lower: _Lower
+    adapter: Adapter,
+    sites: Iterable[AdapterSite],
+    *,
+    name: str,
+    fixed: frozenset[str],
+    faults: list[_Fault],
+    lower: _Lower,
 ) -> Adapter:
     table = by_name(sites)
     fused = fused_sites(table)
@@ -150,7 +160,7 @@ def _fitted(
     for given, target, low_rank in _aimed(adapter, rename, table=table, parts_of=parts_of, faults=faults):
         parts = fused.get(target, (table[target],) if target in table else ())
         shaped = _shaped(low_rank, parts, adapter.metadata)
-        causes = list(_causes(shaped, parts, fixed_rank=fixed_rank)) if parts else ["no such site"]
+        causes = list(_causes(shaped, parts, fixed)) if parts else ["no such site"]
         faults.extend(_Fault(given, cause) for cause in causes or _place(found, parts, shaped, lower))
     if faults:
         raise MismatchError(_message(name, faults, len(adapter.sites), [*table, *fused]))
@@ -226,7 +236,7 @@ def _place(found: dict[str, LowRank], parts: tuple[AdapterSite, ...], change: Lo
     return list(dict.fromkeys(causes))
 
 
-def _causes(change: LowRank, parts: tuple[AdapterSite, ...], *, fixed_rank: bool) -> Iterator[str]:
+def _causes(change: LowRank, parts: tuple[AdapterSite, ...], fixed: frozenset[str]) -> Iterator[str]:
     d_in, d_out = parts[0].d_in, sum(part.d_out for part in parts)
     widths = (change.d_in, change.d_out)
     if parts[0].is_embedding and WHOLE_WEIGHT in change.parts:
@@ -238,8 +248,8 @@ def _causes(change: LowRank, parts: tuple[AdapterSite, ...], *, fixed_rank: bool
         yield f"adapter is {given}, model is {d_in} -> {wide}" + _transposed(change, d_in, d_out)
     if change.rank and change.kernel != parts[0].kernel:
         yield f"adapter has a kernel of {change.kernel}, model of {parts[0].kernel}"
-    limit = min(part.rank for part in parts)
-    if fixed_rank and change.rank > limit:
+    limit = min((part.rank for part in parts if part.name in fixed), default=change.rank)
+    if change.rank > limit:
         yield f"adapter has rank {change.rank}, the model's port takes {limit}; extract with dynamic_rank=True"
     prompt = change.parts.get(PROMPT)
     if prompt is not None and len(prompt) != parts[0].rank:

@@ -66,7 +66,9 @@ def port_arrays(adapter: Adapter | None, manifest: Manifest) -> dict[str, Array]
 def _ranks(held: Mapping[str, LowRank], sites: Mapping[str, AdapterSite], manifest: Manifest) -> dict[str, int]:
     if manifest.port != "external" and not manifest.dynamic_rank:
         return {name: site.rank for name, site in sites.items()}
-    ranks = {name: max(held[name].rank if name in held else 0, 1 if sites[name].kernel else 0) for name in sites}
+    least = {name: 1 for name, site in sites.items() if site.kernel}
+    least |= {name: sites[name].rank for name in manifest.kept}
+    ranks = {name: max(held[name].rank if name in held else 0, least.get(name, 0)) for name in sites}
     # A site ties the pack of its a to the pack of its b, so one large rank can travel from pack to pack.
     while True:
         before = dict(ranks)
