@@ -14,8 +14,8 @@ from adapterx.adapter import INPUT_GAIN, LORA_A, LORA_B, Adapter, LowRank
 from adapterx.base_weight import read_weight
 from adapterx.formats import load_adapter
 from adapterx.graph.bases import Base, find_bases
-from adapterx.graph.branches import Branch
 from adapterx.graph.branch_weights import low_rank_of
+from adapterx.graph.branches import Branch
 from adapterx.graph.load import ModelLike, load_model
 from adapterx.graph.sites import AdapterLike, Finding, find, label
 from adapterx.graph.stored import tensor_reader, weight_values
@@ -133,17 +133,15 @@ def _row(place: _Place, change: LowRank | None, base_norm: float | None) -> Row:
     site = place.site
     if change is None:
         return Row(site, site.rank, _exported_bytes(site))
-    # The base operation of several modules (a packed qkv) has the weight of none of them, and where a module was
-    # trained in full the graph has no base at all.
-    whole = place.host is not None and place.host.d_out == site.d_out and site.kind != "saved"
-    return Row(
-        site=site,
-        rank=change.rank,
-        nbytes=change.nbytes,
-        norm=delta_norm(change) if change.rank else None,
-        base_norm=base_norm if whole else None,
-        parts=tuple((name, norm(part)) for name, part in change.parts.items()),
-    )
+    parts = {name: norm(part) for name, part in change.parts.items()}
+    low_rank = delta_norm(change) if change.rank else None
+    if low_rank is not None and site.kind == "saved":
+        # Trained in full: the graph has no base beside it, so this is a weight and no change of one.
+        parts["weight"], low_rank = low_rank, None
+    # The base operation of several modules (a packed qkv) has the weight of none of them.
+    whole = place.host is not None and place.host.d_out == site.d_out
+    base_norm = base_norm if whole and low_rank is not None else None
+    return Row(site, change.rank, change.nbytes, low_rank, base_norm, tuple(parts.items()))
 
 
 def _exported_bytes(site: AdapterSite) -> int:

@@ -27,7 +27,7 @@ def manifest_in(model: Path) -> Manifest:
 def test_sites_prints_one_line_a_site_and_nothing_else_to_stdout(run: Type, mlp: Built) -> None:
     result = run("sites", mlp.model)
     header, *lines = result.stdout.splitlines()
-    assert header.split()[:3] == ["site", "adapter", "op"]
+    assert header.split()[:4] == ["site", "adapter", "kind", "op"]
     assert [line.split()[0] for line in lines] == [site.name for site in mlp.truth]
     assert "40 -> 56" in lines[0]
     assert lines[0].endswith("initializer")
@@ -35,7 +35,8 @@ def test_sites_prints_one_line_a_site_and_nothing_else_to_stdout(run: Type, mlp:
 
 
 def test_sites_json_is_what_find_sites_gives(run: Type, mlp: Built) -> None:
-    assert json.loads(run("sites", mlp.model, "--json").stdout) == [s.as_dict() for s in ax.find_sites(mlp.model)]
+    rows = json.dumps([site.as_dict() for site in ax.find_sites(mlp.model)])
+    assert json.loads(run("sites", mlp.model, "--json").stdout) == json.loads(rows)
 
 
 def test_sites_of_an_extracted_model_are_those_of_its_manifest(run: Type, extracted: Path) -> None:

@@ -183,6 +183,30 @@ def some_bases(count):
     return find_bases(load_model(build("ts_llama").base_model))[:count]
 
 
+def test_gains_are_measured_as_what_they_are_and_not_as_a_change_of_low_rank():
+    built = build("ts_ia3")
+    found = rows(survey(built.model))
+    for name, one in ax.load_adapter(built.adapters["a"]).sites.items():
+        assert found[name].norm is None
+        want = {part: np.linalg.norm(array) for part, array in one.parts.items()}
+        assert dict(found[name].parts) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_module_that_was_trained_in_full_has_a_weight_and_no_change():
+    found = rows(survey(build("ts_saved").model))
+    (saved,) = [row for row in found.values() if row.site.kind == "saved"]
+    assert (saved.norm, saved.relative) == (None, None)
+    assert dict(saved.parts)["weight"] > 0
+    assert all(row.relative for row in found.values() if row is not saved)
+
+
+def test_a_convolution_has_the_norm_of_its_product():
+    built = build("ts_conv")
+    given = ax.load_adapter(built.adapters["a"]).sites["conv2"]
+    want = np.linalg.norm(given.b.T @ given.a.reshape(given.rank, -1))
+    assert rows(survey(built.model))["conv2"].norm == pytest.approx(want, rel=1e-5)
+
+
 def test_a_survey_is_plain_data(llama):
     found = survey(llama.model)
     assert dataclasses.replace(found) == found == survey(llama.model)
