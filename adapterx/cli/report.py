@@ -21,6 +21,7 @@ INTERRUPTED: Final = 130
 _SPELLINGS: Final = {
     "adapter=...": "--adapter PATH",
     "allow_other_base=True": "--allow-other-base",
+    "component=": "--component ",
     "dynamic_rank=True": "--dynamic-rank",
     "make_inputs=False": "--external",
     "make_inputs=True": "--make-inputs",
