@@ -19,13 +19,16 @@ from rich.table import Table
 
 from adapterx.adapter import Adapter, Array, LowRank
 from adapterx.errors import AdapterxError, ModelError
-from adapterx.graph.example_feeds import example_feeds
 from adapterx.graph.branch_weights import low_rank_of
+from adapterx.graph.example_feeds import example_feeds
+from adapterx.graph.kept import keep
 from adapterx.graph.load import load_model, read_proto
 from adapterx.graph.quantized_linear import OF_CODES, any_linear
-from adapterx.graph.sites import AdapterLike, Finding, find
+from adapterx.graph.sites import AdapterLike, Finding, Found, find
+from adapterx.graph.stored import tensor_reader, weight_values
 from adapterx.graph.view import Linear, all_nodes, attribute
 from adapterx.manifest import Manifest, manifest_of
+from adapterx.runtime.kept import coded
 from adapterx.runtime.session import AdapterSession
 
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -78,8 +81,9 @@ def verify_extraction(
     Four adapters go through the extracted model: none, the one that was exported, a random one, and a random one of
     other ranks. Each is compared with ONNX Runtime on the original graph, in which the weights at the found places
     are replaced where they stand, scale divided out; an adapter that was quantized is replaced by products of floats,
-    as it is in the extracted model. The base is the same in both, codes included, so that tolerances need no room for
-    its quantization. A fifth row shows that the random adapter changes the output enough for its row to mean something.
+    or its codes by others, as in the extracted model. The base is the same in both, codes included, so that tolerances
+    need no room for its quantization. A fifth row shows that the random adapter changes the output enough for its row
+    to mean something.
 
     Args:
         original: the exported model
@@ -94,8 +98,7 @@ def verify_extraction(
     """
     manifest = _manifest(Path(extracted))
     source = load_model(original)
-    structural = any(site.name_source == "structure" for site in manifest.sites)
-    finding = find(source, adapter=adapter, structural=structural, where=str(original))
+    finding = find(source, adapter=adapter, structural=_is_structural(manifest), where=str(original))
     exported = _exported(finding)
     if set(exported.sites) != {site.name for site in manifest.sites}:
         odd = sorted(set(exported.sites) ^ {site.name for site in manifest.sites})
@@ -113,7 +116,7 @@ def verify_extraction(
     session = AdapterSession(extracted)
     rows, results = [], {}
     for name, candidate in candidates.items():
-        want = _on_original(Path(original), candidate, adapter, structural=structural, feeds=feeds)
+        want = _on_original(Path(original), candidate, manifest, adapter=adapter, feeds=feeds)
         error = _error(_through(session, candidate, feeds), want)
         rows.append(Row(name, error, bound, error <= bound))
         results[name] = want
@@ -131,7 +134,11 @@ def _manifest(path: Path) -> Manifest:
 
 
 def _any_rank(manifest: Manifest) -> bool:
-    return manifest.dynamic_rank or manifest.port == "external"
+    return (manifest.dynamic_rank or manifest.port == "external") and not manifest.kept
+
+
+def _is_structural(manifest: Manifest) -> bool:
+    return any(site.name_source == "structure" for site in manifest.sites)
 
 
 def _exported(finding: Finding) -> Adapter:
@@ -159,13 +166,21 @@ def _random(like: Adapter, rng: np.random.Generator, *, grow: int) -> Adapter:
 
 
 def _on_original(
-    path: Path, candidate: Adapter | None, adapter: AdapterLike | None, *, structural: bool, feeds: Mapping[str, Array]
+    path: Path,
+    candidate: Adapter | None,
+    manifest: Manifest,
+    *,
+    adapter: AdapterLike | None,
+    feeds: Mapping[str, Array],
 ) -> list[Array]:
     """Run the original graph with ``candidate``'s numbers in its own nodes (zero ``B`` for ``None``)."""
     model = load_model(path)
-    finding = find(model, adapter=adapter, structural=structural, where=str(path))
+    finding = find(model, adapter=adapter, structural=_is_structural(manifest), where=str(path))
     seen: set[str] = set()
     for found in finding.found:
+        if found.site.name in manifest.kept:
+            _put_codes(model, found, None if candidate is None else candidate.sites[found.site.name])
+            continue
         first = found.site.name not in seen
         seen.add(found.site.name)
         for branch in found.branches:
@@ -201,6 +216,23 @@ def _put(model: ir.Model, factor: Linear, matrix: Array) -> None:
     assert graph is not None, "which lies in a graph"
     graph.insert_before(last, nodes)
     codes.output.replace_all_uses_with(nodes[-1].outputs[0])
+
+
+def _put_codes(model: ir.Model, found: Found, change: LowRank | None) -> None:
+    """Give the factors of one site codes of their own, made of ``change`` as the graph's were made of its adapter."""
+    kept, site = keep(found.branches, found.site.name), found.site
+    values = weight_values(model)
+    tensor = tensor_reader(values)
+    a, b = (np.zeros((site.rank, width), np.dtype(site.dtype)) for width in (site.d_in, site.d_out))
+    if change is not None:
+        a[: change.rank], b[: change.rank] = change.a, change.b
+    for name, codes in coded(kept, a, b, {name: tensor(name) for name in kept.names}).items():
+        before = values[name].const_value
+        assert before is not None, "an initializer has a value"
+        packed = codes.shape != tuple(before.shape.numpy())
+        shape = ir.Shape(before.shape.numpy())
+        made = ir.PackedTensor(codes, before.dtype, shape=shape) if packed else ir.Tensor(codes, dtype=before.dtype)
+        values[name].const_value = made
 
 
 def _run(model: ir.Model, path: Path, feeds: Mapping[str, Array]) -> list[Array]:

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from adapterx.adapter import Adapter, LowRank
+from adapterx.adapter import SHIFT, Adapter, LowRank
+from adapterx.base_weight import BaseWeight
 from adapterx.combination import combine
 from adapterx.errors import ModelError, OptionError, nearest
 from adapterx.formats import save_adapter
-from adapterx.graph.bases import find_bases
+from adapterx.graph.bases import Base, find_bases
 from adapterx.graph.branch_weights import low_rank_of
 from adapterx.graph.calibration import refuse_calibrated
 from adapterx.graph.fingerprint import fingerprint_of
+from adapterx.graph.kept import into_file, is_quantized, keep
 from adapterx.graph.load import ModelLike, check_model, load_model
+from adapterx.graph.other_kinds import Other
 from adapterx.graph.ported import Origin, give_ports
 from adapterx.graph.ports import Masks, PortOptions, Ports
-from adapterx.graph.rewire import blank, bypass, put_exported, rewire
+from adapterx.graph.rewire import blank, bypass, bypass_exported, put_exported, rewire
 from adapterx.graph.save import save_model, staged, target_of
 from adapterx.graph.shapes import Shapes
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
-from adapterx.manifest import Manifest, SiteBase, manifest_of
-from adapterx.site import VECTORS, AdapterSite, SiteTable
+from adapterx.graph.stored import weight_values
+from adapterx.manifest import KEY, Kept, Manifest, SiteBase, manifest_of
+from adapterx.site import LOW_RANK, VECTORS, AdapterSite, SiteTable
 
 AdapterFormat = Literal["safetensors", "onnx_adapter", "npz"]
+Quantized = Literal["float", "keep"]
 StaticQDQ = Literal["refuse", "allow"]
 
+# What the ports of one site can hold the sum of.
+_ADDED = frozenset({*LOW_RANK, SHIFT})
+_CHOICES = {"adapter_format": AdapterFormat, "quantized": Quantized, "static_qdq": StaticQDQ}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,6 +75,7 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     adapter: AdapterLike | None = None,
     structural: bool = False,
     partial: bool = False,
+    quantized: Quantized = "float",
     static_qdq: StaticQDQ = "refuse",
 ) -> Extraction:
     """Take the adapters out of an exported model.
@@ -87,6 +97,9 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
             one file of several (encoder, decoder): its sites that this file lacks are noted in the manifest
         structural: take branches by structure alone, under structural names
         partial: extract the low-rank sites of a model that also has adapter weights of other kinds, which stay
+        quantized: what becomes of an adapter that was quantized with its base: ``float`` ports, of any rank, or
+            ``keep``, which leaves its codes in the graph as external initializers; other adapters are then quantized
+            the same way when they are loaded, and their rank is at most the exported one (not with ``make_inputs``)
         static_qdq: what to do where activations around the adapter were quantized with ranges that were measured with
             it: ``refuse``, or ``allow``, which puts float ports there although what follows them keeps those ranges
             (``notes`` of the result says which)
@@ -99,7 +112,8 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
         ModelError: broken or already extracted model, weights of other kinds, or a target that is the source.
         OptionError: options that contradict each other or do not exist.
     """
-    _check_options(make_inputs, pack_inputs, adapter_format, static_qdq)
+    _check_choices(adapter_format=adapter_format, quantized=quantized, static_qdq=static_qdq)
+    _check_ports(make_inputs=make_inputs, pack_inputs=pack_inputs, quantized=quantized)
     loaded, where = load_model(model), label(model)
     if manifest_of(loaded.metadata_props, where=where) is not None:
         raise ModelError(f"{where} was extracted already; give the model that was exported, or use this one as it is")
@@ -114,7 +128,7 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     options = PortOptions(port, dynamic_rank, optional_inputs, f"{path.stem}.adapter.bin")
     adapters = _read_adapters(finding, where)
     fingerprint = base_fingerprint(finding)
-    manifest = _rewrite(loaded, finding, options, fingerprint)
+    manifest = _rewrite(loaded, finding, options, fingerprint, keep_codes=quantized == "keep")
     check_model(loaded, f"the model extracted from {where}")
     whole = _sum([Adapter(a.sites, {**a.metadata, "base_fingerprint": fingerprint}) for a in adapters.values()])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,22 +136,30 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     files = {adapter_path: whole}
     if len(adapters) > 1:
         files |= {path.parent / f"adapter.{name}.{adapter_format}": one for name, one in adapters.items()}
-    with staged(path.parent) as stage:
+    with staged(path.parent) as stage, tempfile.TemporaryDirectory() as codes:
         for file, one in files.items():
             save_adapter(one, stage / file.name)
+        _move_codes(loaded, manifest, Path(codes) / f"{path.stem}.adapter.codes.bin")
         save_model(loaded, path, stage, ours=manifest.location, share_weights=port == "external")
     return Extraction(path, adapter_path, whole, adapters, manifest.sites, notes)
 
 
-def _check_options(make_inputs: bool, pack_inputs: bool, adapter_format: str, static_qdq: str) -> None:
+def _check_choices(**given: str) -> None:
+    for option, value in given.items():
+        known = get_args(_CHOICES[option])
+        if value not in known:
+            hint = nearest(str(value), known)
+            raise OptionError(f"{option} must be one of {', '.join(known)}; got {value!r}{hint}")
+
+
+def _check_ports(*, make_inputs: bool, pack_inputs: bool, quantized: Quantized) -> None:
     if pack_inputs and not make_inputs:
         raise OptionError("pack_inputs packs graph inputs, so it needs make_inputs=True; got make_inputs=False")
-    told = {"adapter_format": (adapter_format, AdapterFormat), "static_qdq": (static_qdq, StaticQDQ)}
-    for option, (given, kind) in told.items():
-        known = get_args(kind)
-        if given not in known:
-            hint = nearest(str(given), known)
-            raise OptionError(f"{option} must be one of {', '.join(known)}; got {given!r}{hint}")
+    if make_inputs and quantized == "keep":
+        raise OptionError(
+            "quantized='keep' needs make_inputs=False: ONNX Runtime repacks codes when it opens a model, and computes "
+            "otherwise with codes that are fed (MatMulNBits of accuracy level 4 then differs by some percent)"
+        )
 
 
 def _read_adapters(finding: Finding, where: str) -> dict[str, Adapter]:
@@ -160,28 +182,43 @@ def _sum(adapters: list[Adapter]) -> Adapter:
     return Adapter(total.sites, {**adapters[0].metadata, "adapter_name": name})
 
 
-def _rewrite(model: ir.Model, finding: Finding, options: PortOptions, fingerprint: str) -> Manifest:
+def _move_codes(model: ir.Model, manifest: Manifest, file: Path) -> None:
+    """Adapters that stay quantized lie in a file of their own, in whose place a session puts others."""
+    values = weight_values(model)
+    if manifest.kept:
+        into_file([values[name] for kept in manifest.kept.values() for name in kept.names], file)
+
+
+def _rewrite(
+    model: ir.Model, finding: Finding, options: PortOptions, fingerprint: str, *, keep_codes: bool
+) -> Manifest:
     """Change ``model`` in place; returns the manifest that it now carries."""
     places: dict[str, list[Found]] = {}
     for found in finding.found:
         places.setdefault(found.site.name, []).append(found)
-    others = {other.site.name: other for other in finding.others}
+    others: dict[str, list[Other]] = {}
+    for other in finding.others:
+        others.setdefault(other.site.name, []).append(other)
     if both := sorted(others.keys() & places.keys()):
         raise ModelError(
-            f"{both[0]} has adapters of two kinds, lora and {others[both[0]].site.kind}; export one at a time"
+            f"{both[0]} has adapters of two kinds, lora and {others[both[0]][0].site.kind}; export one at a time"
         )
-    sites = SiteTable([*(_place(members) for members in places.values()), *(other.site for other in others.values())])
+    sites = SiteTable([*map(_place, places.values()), *map(_place, others.values())])
+    kept = _kept(places) if keep_codes else {}
     shapes = Shapes(model)
     ranks = {branch: shapes.rank(branch.x) or 2 for found in finding.found for branch in found.branches}
-    required = {name for name, other in others.items() if any(p.trained or p.prompt for p in other.places)}
+    required = {o.site.name for o in finding.others if any(p.trained or p.prompt for p in o.places)}
     required |= {found.site.name for found in finding.found if found.trained}
     for trained in (*(f.trained for f in finding.found), *(p.trained for o in finding.others for p in o.places)):
         blank(model, trained)
 
     def put(site: AdapterSite, ports: Ports, masks: Masks) -> None:
         if site.name in others:
-            for exported in others[site.name].places:
+            first_other, *further = others[site.name]
+            for exported in first_other.places:
                 put_exported(model, exported, site, ports, masks, shapes=shapes)
+            for exported in (place for other in further for place in other.places):
+                bypass_exported(exported)
             return
         first, *rest = places[site.name]
         for branch in first.branches:
@@ -191,7 +228,27 @@ def _rewrite(model: ir.Model, finding: Finding, options: PortOptions, fingerprin
                 bypass(branch)
 
     origin = Origin(fingerprint, finding.base_model, finding.absent, _bases(model, finding))
-    return give_ports(model, sites, dataclasses.replace(options, required=frozenset(required)), put, origin=origin)
+    ported = SiteTable(site for site in sites if site.name not in kept)
+    options = dataclasses.replace(options, required=frozenset(required))
+    manifest = give_ports(model, ported, options, put, origin=origin)
+    if kept:
+        manifest = dataclasses.replace(manifest, sites=sites, kept=kept)
+        model.metadata_props[KEY] = manifest.dumps()
+    return manifest
+
+
+def _kept(places: dict[str, list[Found]]) -> dict[str, Kept]:
+    """Sites whose adapters are stored as codes, which stay."""
+    kept = {}
+    for name, (first, *others) in places.items():
+        if not is_quantized(first.branches[0]):
+            continue
+        if others:
+            raise ModelError(
+                f"{name}: {1 + len(others)} quantized adapters act there at once; quantized='float' can add them up"
+            )
+        kept[name] = keep(first.branches, name)
+    return kept
 
 
 def _bases(model: ir.Model, finding: Finding) -> dict[str, SiteBase]:
@@ -201,6 +258,7 @@ def _bases(model: ir.Model, finding: Finding) -> dict[str, SiteBase]:
     if not ops:
         return {}
     known = {base.op: base for base in find_bases(model)}
+    _refuse_unreadable(finding, known)
     return {
         name: SiteBase(known[op].weight, "" if (bias := known[op].bias) is None else bias.name or "")
         for name, op in ops.items()
@@ -208,13 +266,34 @@ def _bases(model: ir.Model, finding: Finding) -> dict[str, SiteBase]:
     }
 
 
-def _place(members: list[Found]) -> AdapterSite:
+def _refuse_unreadable(finding: Finding, known: Mapping[ir.Node | None, Base]) -> None:
+    """DoRA's other adapters need the base weight."""
+    lost = [o for o in finding.others if o.site.kind == "dora" and _weight(known.get(o.places[0].op)) is None]
+    if lost:
+        lines = "\n".join(f"  {o.site.name}: the weight of {o.site.op} at {o.places[0].place}" for o in lost[:20])
+        raise ModelError(
+            "DoRA divides by the length of the adapted weight's rows, so another adapter needs base weights that "
+            f"cannot be read from this graph:\n{lines}\nQuantize after the extraction, or give the float export."
+        )
+
+
+def _weight(base: Base | None) -> BaseWeight | None:
+    return None if base is None else base.weight
+
+
+def _place(members: Sequence[Found | Other]) -> AdapterSite:
     """One row for a place; the port of several adapters holds their sum."""
-    rank = sum(found.site.rank for found in members)
-    name = "+".join(found.site.adapter for found in members)
-    return dataclasses.replace(members[0].site, rank=rank, adapter=name)
+    sites = [member.site for member in members]
+    if strange := [site for site in sites if len(sites) > 1 and not set(site.ports) <= _ADDED]:
+        raise ModelError(
+            f"{strange[0].name}: {len(sites)} adapters act there at once, and {strange[0].kind} does not add up; "
+            "export one at a time"
+        )
+    rank = sum(site.rank for site in sites)
+    return dataclasses.replace(sites[0], rank=rank, adapter="+".join(site.adapter for site in sites))
 
 
 def base_fingerprint(finding: Finding) -> str:
     """:func:`adapterx.graph.fingerprint.fingerprint_of` what was found."""
-    return fingerprint_of((found.site.name, found.branches[0].base_op) for found in finding.found)
+    others = [(other.site.name, other.places[0].op) for other in finding.others]
+    return fingerprint_of([*((found.site.name, found.branches[0].base_op) for found in finding.found), *others])

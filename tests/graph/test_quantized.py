@@ -7,6 +7,7 @@ for the adapter's nodes.
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from onnx import numpy_helper
 from onnxruntime.quantization import QuantFormat
 
 from adapterx.adapter import Adapter, LowRank
-from adapterx.errors import ModelError, NoAdaptersFound
+from adapterx.errors import MismatchError, ModelError, NoAdaptersFound, OptionError
 from adapterx.graph.extract import extract_adapters
 from adapterx.graph.sites import find_sites
+from adapterx.manifest import KEY
 from adapterx.runtime.session import AdapterSession
 from adapterx.verify import verify_extraction
 from tests.graph.quantizers import HOW, quantized, static
@@ -237,3 +239,126 @@ def test_a_quantized_base_has_no_fingerprint_for_its_signs_are_not_those_of_the_
     assert whole.adapter.metadata["base_fingerprint"] == ""
     half = quantized(how, blank().proto, tmp_path / "half.onnx", exclude=["node_b0"])
     assert extract_adapters(half, tmp_path / "half").adapter.metadata["base_fingerprint"] == ""
+
+
+# Codes of 4-bit floats can be read but not written.
+KEEPING = [how for how in HOW if how != "nf4"]
+
+
+def padded(adapter):
+    """The same with rows of zeros, up to the rank that the graph has."""
+    sites = {}
+    for layer in LAYERS:
+        one = adapter.sites[layer.name]
+        rows = ((0, layer.rank - one.rank), (0, 0))
+        sites[layer.name] = LowRank(a=np.pad(one.a, rows), b=np.pad(one.b, rows))
+    return Adapter(sites)
+
+
+@pytest.mark.parametrize("how", KEEPING)
+def test_codes_that_are_kept_give_the_exported_adapter_and_the_base_to_the_last_bit(how, tmp_path):
+    out = extract_adapters(exported(how), tmp_path / "out", quantized="keep")
+    session = AdapterSession(out.model_path, {"own": out.adapter_path})
+    assert np.array_equal(session.run(None, {"x": X}, adapter="own")[0], run(exported(how)))
+    base = run(quantized(how, base_alone(), tmp_path / "base.onnx"))
+    assert np.array_equal(session.run(None, {"x": X})[0], base)
+
+
+@pytest.mark.parametrize("how", KEEPING)
+def test_another_adapter_in_kept_codes_is_what_the_quantizer_makes_of_it(how, tmp_path):
+    out = extract_adapters(exported(how), tmp_path / "out", quantized="keep")
+    session = AdapterSession(out.model_path)
+    for rank in (4, 3):
+        other = random_adapter(rank)
+        session.load_adapter("other", other)
+        want = run(quantized(how, with_adapter(padded(other)), tmp_path / f"rank_{rank}.onnx"))
+        assert relative_error(session.run(None, {"x": X}, adapter="other")[0], want) <= FLOAT
+        assert relative_error(run(exported(how)), want) > 0.1
+
+
+@pytest.mark.parametrize("how", ["int4_asymmetric", "int4_qdq", "int8_dynamic"])
+def test_verification_passes_on_kept_codes(how, tmp_path):
+    out = extract_adapters(exported(how), tmp_path, quantized="keep")
+    verification = verify_extraction(exported(how), out.model_path)
+    assert verification.passed, verification.rows
+
+
+@pytest.mark.parametrize("how", ["int4", "uint4_qdq", "int8_dynamic"])
+def test_kept_codes_lie_in_a_file_of_their_own_under_the_names_of_their_sites(how, tmp_path):
+    out = extract_adapters(exported(how), tmp_path, quantized="keep")
+    tensors = onnx.load(out.model_path, load_external_data=False).graph.initializer
+    lying = {t.name: {e.key: e.value for e in t.external_data}.get("location") for t in tensors}
+    for layer in LAYERS:
+        for side in "AB":
+            name = f"{layer.name}.lora_{side}.weight"
+            assert {lying[name], lying[f"{name}.scale"]} == {f"{how}.adapter.codes.bin"}
+    # Whoever opens the model without a session of ours has the exported adapter.
+    assert np.array_equal(run(out.model_path), run(exported(how)))
+    assert [(s.name, s.rank) for s in find_sites(out.model_path)] == [(one.name, one.rank) for one in LAYERS]
+
+
+def test_kept_codes_take_no_rank_above_the_exported_one(tmp_path):
+    session = AdapterSession(extract_adapters(exported("int4"), tmp_path, quantized="keep").model_path)
+    with pytest.raises(MismatchError, match="rank 5, the model's port takes 4"):
+        session.load_adapter("other", random_adapter(5))
+
+
+def test_codes_are_never_fed(tmp_path):
+    with pytest.raises(OptionError, match="computes otherwise with codes that are fed"):
+        extract_adapters(exported("int4"), tmp_path / "out", make_inputs=True, quantized="keep")
+    assert not (tmp_path / "out").exists()
+
+
+def test_codes_that_cannot_be_written_are_not_kept(tmp_path):
+    with pytest.raises(ModelError, match="can be read but not written"):
+        extract_adapters(exported("nf4"), tmp_path / "out", quantized="keep")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_float_adapter_on_a_quantized_base_has_float_ports_whatever_is_kept(tmp_path):
+    half = quantized("int4", blank().proto, tmp_path / "half.onnx", exclude=LORA_NODES[:2])
+    out = extract_adapters(half, tmp_path / "out", quantized="keep")
+    session = AdapterSession(out.model_path, {"own": out.adapter})
+    assert list(session.manifest.kept) == [LAYERS[1].name]
+    assert relative_error(session.run(None, {"x": X}, adapter="own")[0], run(half)) <= FLOAT
+    wide = random_adapter(4).sites | {LAYERS[0].name: random_adapter(12).sites[LAYERS[0].name]}
+    session.load_adapter("wide", Adapter(wide))
+    baked = quantized("int4", with_adapter(Adapter(wide)), tmp_path / "wide.onnx", exclude=LORA_NODES[:2])
+    assert relative_error(session.run(None, {"x": X}, adapter="wide")[0], run(baked)) <= FLOAT
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("keeps codes of sites", lambda kept: kept.update(nowhere=next(iter(kept.values())))),
+        ("scale 0", lambda kept: kept[LAYERS[0].name].update(scale=0)),
+        ("not what the manifest says", lambda kept: kept[LAYERS[0].name]["a"].update(bits=8)),
+        ("stand for matrices", lambda kept: kept[LAYERS[0].name]["b"].update(form="in_out")),
+        ("no initializer", lambda kept: kept[LAYERS[0].name]["a"]["tensors"].update(scale="elsewhere")),
+    ],
+)
+def test_a_manifest_that_does_not_fit_the_kept_codes_is_refused(words, change, tmp_path):
+    model = onnx.load(
+        extract_adapters(exported("int4"), tmp_path, quantized="keep").model_path, load_external_data=False
+    )
+    entry = next(entry for entry in model.metadata_props if entry.key == KEY)
+    manifest = json.loads(entry.value)
+    change(manifest["kept"])
+    entry.value = json.dumps(manifest)
+    (tmp_path / "changed.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=words):
+        AdapterSession(tmp_path / "changed.onnx")
+
+
+def test_a_model_whose_kept_codes_are_gone_is_refused(tmp_path):
+    out = extract_adapters(exported("int4"), tmp_path, quantized="keep")
+    (tmp_path / "int4.adapter.codes.bin").unlink()
+    with pytest.raises(ModelError, match=r"int4\.adapter\.codes\.bin"):
+        AdapterSession(out.model_path)
+
+
+def test_keeping_codes_of_an_adapter_that_has_none_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match="none to keep"):
+        half = quantized("int4", blank().proto, tmp_path / "half.onnx", exclude=LORA_NODES)
+        extract_adapters(half, tmp_path / "out", quantized="keep")
+    assert not (tmp_path / "out").exists()
