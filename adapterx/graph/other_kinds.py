@@ -15,10 +15,12 @@ from adapterx.graph.bases import Base, find_bases
 from adapterx.graph.conv_sites import find_convs
 from adapterx.graph.embedding_sites import find_embeddings
 from adapterx.graph.exported import Exported, site_of_exported
+from adapterx.graph.ia3_sites import find_ia3
 from adapterx.graph.other_names import named
 from adapterx.graph.paths import Paths
 from adapterx.graph.prompt_sites import find_prompts
 from adapterx.graph.saved_sites import find_saved
+from adapterx.graph.weight_sites import find_weight_changes
 from adapterx.site import AdapterSite
 
 _WIDEST = 4

@@ -83,6 +83,17 @@ def put_exported(
     drop_dead([*operands, *exported.nodes])
 
 
+def bypass_exported(exported: Exported) -> None:
+    """Take an adapter out and put nothing in its place: another of the same site carries the port."""
+    join, base = exported.join, exported.base
+    assert join is not None, "only what is added can be one of several"
+    assert base is not None, "and it is added to something"
+    nodes = [ir.node("Identity", [_now(base)], name=join.name)]
+    after, outputs = _after(join, nodes[-1].outputs[0])
+    _replace(join, [*nodes, *after], outputs)
+    drop_dead(exported.nodes)
+
+
 def put_after(base: ir.Value, nodes: Sequence[ir.Node], users: Iterable[tuple[ir.Node, int]]) -> None:
     """Let ``users`` of ``base``, and whoever reads it as the model's output, read what ``nodes`` make of it."""
     if not nodes:
