@@ -37,7 +37,12 @@ if TYPE_CHECKING:
     from adapterx.formats import save_adapter as save_adapter
     from adapterx.graph.extract import Extraction as Extraction
     from adapterx.graph.extract import extract_adapters as extract_adapters
+    from adapterx.graph.inject import Injection as Injection
+    from adapterx.graph.inject import inject_adapters as inject_adapters
+    from adapterx.graph.merge import merge_adapter as merge_adapter
+    from adapterx.graph.merge import unmerge_adapter as unmerge_adapter
     from adapterx.graph.sites import find_sites as find_sites
+    from adapterx.merge_table import Merge as Merge
     from adapterx.runtime.session import AdapterSession as AdapterSession
     from adapterx.site import AdapterSite as AdapterSite
     from adapterx.verify import Verification as Verification
@@ -53,7 +58,9 @@ __all__ = [
     "Extraction",
     "FeedError",
     "FormatError",
+    "Injection",
     "LowRank",
+    "Merge",
     "MismatchError",
     "MissingDependency",
     "ModelError",
@@ -68,8 +75,11 @@ __all__ = [
     "errors",
     "extract_adapters",
     "find_sites",
+    "inject_adapters",
     "load_adapter",
+    "merge_adapter",
     "save_adapter",
+    "unmerge_adapter",
     "verify_extraction",
 ]
 # What is not here is an error class.
@@ -78,14 +88,19 @@ _HOMES = {
     "AdapterSession": "adapterx.runtime.session",
     "AdapterSite": "adapterx.site",
     "Extraction": "adapterx.graph.extract",
+    "Injection": "adapterx.graph.inject",
     "LowRank": "adapterx.adapter",
+    "Merge": "adapterx.merge_table",
     "Verification": "adapterx.verify",
     "combine": "adapterx.combination",
     "convert_adapter": "adapterx.convert",
     "extract_adapters": "adapterx.graph.extract",
     "find_sites": "adapterx.graph.sites",
+    "inject_adapters": "adapterx.graph.inject",
     "load_adapter": "adapterx.formats",
+    "merge_adapter": "adapterx.graph.merge",
     "save_adapter": "adapterx.formats",
+    "unmerge_adapter": "adapterx.graph.merge",
     "verify_extraction": "adapterx.verify",
 }
 

@@ -10,6 +10,9 @@ from adapterx import errors
 
 VERBS = {
     "find_sites",
+    "inject_adapters",
+    "merge_adapter",
+    "unmerge_adapter",
     "extract_adapters",
     "load_adapter",
     "save_adapter",
@@ -17,7 +20,7 @@ VERBS = {
     "combine",
     "verify_extraction",
 }
-NOUNS = {"Adapter", "LowRank", "AdapterSession", "AdapterSite", "Extraction", "Verification"}
+NOUNS = {"Adapter", "LowRank", "AdapterSession", "AdapterSite", "Extraction", "Injection", "Merge", "Verification"}
 ERRORS = {
     "AdapterxError",
     "FeedError",
