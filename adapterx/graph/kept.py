@@ -42,11 +42,9 @@ def keep(branches: Sequence[Branch], site: str) -> Kept:
         How the tensors hold the adapter.
 
     Raises:
-        ModelError: a form in which no other adapter can be written, or a bias of the adapter's own.
+        ModelError: a form in which no other adapter can be written.
     """
     first, *others = branches
-    if first.bias is not None:
-        raise ModelError(f"{site}: an adapter with a bias of its own cannot stay quantized; pass quantized='float'")
     a, values_a = _own(first.a, tensor_name(site, LORA_A))
     b, values_b = _own(first.b, tensor_name(site, LORA_B))
     for branch in others:
