@@ -197,7 +197,8 @@ def _inject(
             place = Place(output, before[-1].outputs[0] if before else x, base.op, ranks[base.op])
             nodes = [*before, *attached(model, place, site, ports, masks)]
             put_after(output, _numbered(nodes, call), users)
-            adapted[output] = nodes[-1].outputs[0]
+            if nodes:
+                adapted[output] = nodes[-1].outputs[0]
 
     origin = Origin(chosen.fingerprint, chosen.base_model, chosen.elsewhere, chosen.bases)
     return give_ports(model, sites, options, put, origin=origin)

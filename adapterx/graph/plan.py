@@ -20,6 +20,7 @@ from adapterx.adapter import (
 )
 from adapterx.errors import MismatchError, nearest
 from adapterx.fused import joined
+from adapterx.graph.apart import is_activated
 from adapterx.graph.base_names import absorbed_bias
 from adapterx.graph.bases import Base
 from adapterx.graph.fingerprint import fingerprint_of
@@ -205,6 +206,9 @@ class _Aims:
         parts: dict[str, dict[str, LowRank]] = defaultdict(dict)
         for given, change in adapter.sites.items():
             target = rename(given)
+            if PROMPT in change.parts:
+                faults.append(f"{given}: virtual tokens stand beside no operation; export the model with them")
+                continue
             if target not in known:
                 absent.append(given)
                 continue
@@ -216,7 +220,9 @@ class _Aims:
             bases = [modules[name][0] for name in names]
             causes = _causes(change, bases, adapter.metadata)
             faults += [f"{given}: {cause}" for cause in causes]
-            needs |= {} if causes else {n: _need(change, b, adapter) for n, b in zip(names, bases, strict=True)}
+            needs |= (
+                {} if causes else {n: _need(change, b, adapter.metadata) for n, b in zip(names, bases, strict=True)}
+            )
         for whole, members in parts.items():
             base = modules[whole][0]
             cut = {name: _shaped(change, base, adapter.metadata) for name, change in members.items()}
@@ -227,7 +233,7 @@ class _Aims:
                 continue
             causes = _causes(change, [base], {})
             faults += [f"{whole}: {cause}" for cause in causes]
-            needs |= {} if causes else {whole: _need(change, base, adapter)}
+            needs |= {} if causes else {whole: _need(change, base, adapter.metadata)}
         return cls(needs, tuple(absent), tuple(faults), naming)
 
 
@@ -258,7 +264,7 @@ def _ports_of_kind(kind: Kind, base: Base) -> frozenset[str]:
     return ports if base.bias is not None or kind == "bias" else ports - {SHIFT}
 
 
-def _need(change: LowRank, base: Base, adapter: Adapter) -> _Need:
+def _need(change: LowRank, base: Base, metadata: Mapping[str, str]) -> _Need:
     """What ``change`` is fed through beside ``base``, once it is lowered."""
     held = set(change.parts)
     ports = {port for port in PORTS if port in held}
@@ -276,7 +282,7 @@ def _need(change: LowRank, base: Base, adapter: Adapter) -> _Need:
     elif not change.rank:
         kind = "bias" if WHOLE_BIAS in held else "ia3"
     else:
-        kind = _BY_PEFT_TYPE.get(adapter.metadata.get("peft_type", ""), "lora")
+        kind = _BY_PEFT_TYPE.get(metadata.get("peft_type", ""), "lora")
     rank = min(base.d_in, base.d_out) if WHOLE_WEIGHT in held else change.rank
     return _Need(kind, frozenset(ports), rank)
 
@@ -284,8 +290,6 @@ def _need(change: LowRank, base: Base, adapter: Adapter) -> _Need:
 def _causes(change: LowRank, bases: Sequence[Base], metadata: Mapping[str, str]) -> list[str]:
     """Why ``change`` does not fit beside ``bases``, which are the parts of one layer where there are several."""
     first = bases[0]
-    if PROMPT in change.parts:
-        return ["virtual tokens stand beside no operation of the base; export the model together with them"]
     change = _shaped(change, first, metadata)
     d_in, d_out = first.d_in, sum(base.d_out for base in bases)
     given = (change.d_in, change.d_out)
@@ -299,9 +303,8 @@ def _causes(change: LowRank, bases: Sequence[Base], metadata: Mapping[str, str])
         causes.append(f"adapter has a kernel of {change.kernel}, model of {first.kernel}")
     if change.parts.keys() & set(ABSOLUTE) - {WHOLE_BIAS} and any(base.weight is None for base in bases):
         causes.append("this kind of adapter needs the base's weight, which cannot be read out of this operation")
-    ports = frozenset(change.parts) | ({GAIN} if MAGNITUDE in change.parts else set())
-    ports |= {SHIFT} if WHOLE_BIAS in change.parts else set()
-    return causes + [cause for base in bases if (cause := _cannot(base, ports))]
+    cannot = (_cannot(base, _need(change, base, metadata).ports) for base in bases)
+    return causes + list(dict.fromkeys(cause for cause in cannot if cause))
 
 
 def _shaped(change: LowRank, base: Base, metadata: Mapping[str, str]) -> LowRank:
@@ -317,6 +320,8 @@ def _cannot(base: Base, ports: Collection[str]) -> str:
             "an optimizer moved its bias into the next node, so its whole result is nowhere in the graph; inject into "
             "the export, then optimize"
         )
+    if {GAIN, SHIFT} & set(ports) and not base.pure and not is_activated(base.op):
+        return "its operation also adds something else, so its own result is nowhere in the graph"
     if INPUT_GAIN in ports and base.x not in base.op.inputs:
         return "its operation reads codes or reshaped rows, so that its input cannot be scaled for it alone"
     return ""
