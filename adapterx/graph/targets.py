@@ -19,6 +19,7 @@ ALL_LINEAR: Final = "all-linear"
 # What may lie between the layer that makes the logits and the output: none of it has weights.
 _AFTER_HEAD = (*SAME_VALUE, *SAME_ROWS, "Slice", "Gather", "Mul", "Div", "Tanh", "Softmax", "LogSoftmax", "Sigmoid")
 _HEADS = frozenset({"lm_head", "embed_out"})
+_OF_PATTERNS = re.compile(r"[\\*+?|^$()\[\]]")
 _SHOWN = 20
 
 
@@ -119,11 +120,10 @@ def _spelled(target: Target) -> str:
 def _hint(target: Target, modules: Modules) -> str:
     if not isinstance(target, str):
         return ""
-    ends = {".".join(name.split(".")[-target.count(".") - 1 :]) for name in modules}
-    near = nearest(target, modules) or nearest(target, ends)
-    if not near and re.search(r"[\\*+?|^$()\[\]]", target):
+    if _OF_PATTERNS.search(target):
         return "; a regular expression has to be compiled: re.compile(...)"
-    return near
+    ends = {".".join(name.split(".")[-target.count(".") - 1 :]) for name in modules}
+    return nearest(target, modules) or nearest(target, ends)
 
 
 def _linear_names(modules: Modules) -> set[str]:
