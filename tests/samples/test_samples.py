@@ -55,6 +55,15 @@ def test_02_swap_writes_another_text_under_each_adapter(tmp_path):
     assert len(set(guessed)) == 3, guessed
 
 
+def test_04_any_base_gives_each_adapter_its_own_guess_and_merges_what_is_fed(tmp_path):
+    lines = output_of("04_any_base.py", tmp_path).splitlines()
+    guessed = {line.split()[0]: line.split(" one of ")[1][:7] for line in lines if " expects " in line}
+    assert guessed["merged"] == guessed["licence"]
+    assert len(set(guessed.values())) == 4, lines
+    merged = next(line for line in lines if line.startswith("merged"))
+    assert float(merged.split(", ")[1].split(" from ")[0]) < 1e-4
+
+
 def test_every_adapter_of_the_demo_is_best_on_its_own_kind_of_held_out_text_and_the_base_on_none(quick, capsys):
     quick()
     text = capsys.readouterr().out
