@@ -1,6 +1,8 @@
 """A base model that never had an adapter, and adapters made for it: run them, merge one in, make two into one.
 
     python samples/04_any_base.py [output folder]
+
+Nobody has to export the base again: the adapters' own module names say where they act.
 """
 
 import sys
