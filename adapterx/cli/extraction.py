@@ -99,6 +99,14 @@ def extract(  # noqa: PLR0913 - the options of the command, all by name
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave adapter weights that are not plain LoRA in the model.")
     ] = False,
+    keep_quantized: Annotated[
+        bool,
+        typer.Option("--keep-quantized", help="Leave an adapter that was quantized in its codes; with --external."),
+    ] = False,
+    allow_static_qdq: Annotated[
+        bool,
+        typer.Option("--allow-static-qdq", help="Take adapters whose activations have ranges measured with them."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Take the adapters out of an exported model and leave ports in their place."""
@@ -115,6 +123,8 @@ def extract(  # noqa: PLR0913 - the options of the command, all by name
         adapter=adapter,
         structural=structural,
         partial=partial,
+        quantized="keep" if keep_quantized else "float",
+        static_qdq="allow" if allow_static_qdq else "refuse",
     )
     given = [] if adapter is None else ["--adapter", str(adapter)]
     following = shlex.join(["adapterx", "verify", str(model), str(out.model_path), *given])
@@ -125,6 +135,8 @@ def extract(  # noqa: PLR0913 - the options of the command, all by name
     for path in _files_of(out, adapter_format.value):
         table.add_row(str(path), size(path.stat().st_size))
     print_table(table)
+    for note in out.notes:
+        say(f"inexact: {printable(note)}")
     say(f"{in_words(out.adapter)}\nnext: {following}")
 
 
@@ -135,6 +147,7 @@ def _print_extraction(out: Extraction, suffix: str, following: str) -> None:
             "adapter": {"path": out.adapter_path, **facts(out.adapter)},
             "adapters": {name: facts(one) for name, one in out.adapters.items()},
             "sites": [site.as_dict() for site in out.sites],
+            "notes": out.notes,
             "files": [{"path": path, "bytes": path.stat().st_size} for path in _files_of(out, suffix)],
             "next": following,
         }

@@ -28,6 +28,9 @@ _SPELLINGS: Final = {
     "pack_inputs": "--pack-inputs",
     "partial=True": "--partial",
     "structural=True": "--structural",
+    "static_qdq='allow'": "--allow-static-qdq",
+    "pass quantized='float'": "leave out --keep-quantized",
+    "quantized='keep'": "--keep-quantized",
 }
 _NUMERIC: Final = {"size", "mean", "min", "max"}
 

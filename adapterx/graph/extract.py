@@ -246,9 +246,7 @@ def _kept(places: dict[str, list[Found]]) -> dict[str, Kept]:
         if set(first.site.ports) - set(LOW_RANK):
             raise ModelError(f"{name}: an adapter with a bias of its own cannot stay in codes; pass quantized='float'")
         if others:
-            raise ModelError(
-                f"{name}: {1 + len(others)} quantized adapters act there at once; quantized='float' can add them up"
-            )
+            raise ModelError(f"{name}: {1 + len(others)} quantized adapters act there at once; pass quantized='float'")
         kept[name] = keep(first.branches, name)
     if not kept:
         raise ModelError("no adapter in it is stored as codes, so there are none to keep; pass quantized='float'")

@@ -15,7 +15,7 @@ import adapterx as ax
 from adapterx.graph.load import read_proto
 from adapterx.manifest import Manifest, manifest_of
 from tests.cli.conftest import Type
-from tests.zoo import Built
+from tests.zoo import Built, build
 
 
 def manifest_in(model: Path) -> Manifest:
@@ -211,3 +211,14 @@ def test_without_jinja2_the_message_says_what_to_install(
         == 'error: MissingDependency: reports need jinja2; install it with `pip install "adapterx[report]"`\n'
     )
     assert run("sites", mlp.model).exit_code == 0
+
+
+def test_extract_keeps_codes_and_takes_measured_ranges_when_it_is_told_to(run: Type, tmp_path: Path) -> None:
+    kept = run("extract", build("ts_llama_int4_all").model, tmp_path / "kept", "--keep-quantized")
+    assert "model.adapter.codes.bin" in kept.stdout
+    model = build("ts_bert_int8_static_all").model
+    refused = run("extract", model, tmp_path / "static")
+    assert refused.exit_code != 0
+    assert "--allow-static-qdq" in refused.stderr
+    allowed = run("extract", model, tmp_path / "static", "--allow-static-qdq")
+    assert "inexact: encoder.layer.0.attention.self.query: its" in allowed.stdout
