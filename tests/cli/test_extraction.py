@@ -221,4 +221,4 @@ def test_extract_keeps_codes_and_takes_measured_ranges_when_it_is_told_to(run: T
     assert refused.exit_code != 0
     assert "--allow-static-qdq" in refused.stderr
     allowed = run("extract", model, tmp_path / "static", "--allow-static-qdq")
-    assert "inexact: encoder.layer.0.attention.self.query: its" in allowed.stdout
+    assert "inexact: encoder.layer.0.attention.self.query: its" in allowed.stderr
