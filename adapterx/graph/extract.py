@@ -253,10 +253,14 @@ def _kept(places: dict[str, list[Found]]) -> dict[str, Kept]:
     return kept
 
 
+def _takes_absolute(site: AdapterSite) -> bool:
+    return bool(set(site.ports) & VECTORS) or site.kind == "saved"
+
+
 def _bases(model: ir.Model, finding: Finding) -> dict[str, SiteBase]:
     """Where weight and bias of the sites lie that adapters of absolute parts can be lowered for."""
-    ops = {other.site.name: other.places[0].op for other in finding.others if set(other.site.ports) & VECTORS}
-    ops |= {f.site.name: f.branches[0].base_op for f in finding.found if set(f.site.ports) & VECTORS}
+    ops = {other.site.name: other.places[0].op for other in finding.others if _takes_absolute(other.site)}
+    ops |= {f.site.name: f.branches[0].base_op for f in finding.found if _takes_absolute(f.site)}
     if not ops:
         return {}
     known = {base.op: base for base in find_bases(model)}

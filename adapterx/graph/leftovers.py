@@ -15,8 +15,9 @@ from adapterx.site import AdapterSite
 
 _MARK = re.compile(
     r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)|\.(?:hada_w|lokr_w|ia3_l|vera_lambda|oft_)"
-    r"|\.modules_to_save\."
+    r"|\.modules_to_save\.|(?:^|\.)prompt_encoder\.[^.]+\.(?:embedding\.weight$|mlp_head\.|lstm_head\.|transform\.)"
 )
+_COMPUTED = ": of a prompt that the graph computes; save the adapter, load it (PeftModel.from_pretrained), export that"
 _NUMBERED = re.compile(r"_\d+$")
 
 
@@ -49,7 +50,7 @@ def _marked(model: ir.Model, found: list[tuple[Branch, AdapterSite]], theirs: Co
         spoken = next((name for name in names if _MARK.search(name)), None)
         used = value.is_graph_output() or any(use.node not in theirs for use in value.uses())
         if spoken is not None and value not in taken and used:
-            marks.add(spoken)
+            marks.add(spoken + _COMPUTED * ("prompt_encoder." in spoken))
     return sorted(marks)
 
 

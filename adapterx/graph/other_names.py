@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
-from adapterx.adapter import RELATIVE, Adapter, Array, LowRank
+from adapterx.adapter import PROMPT, RELATIVE, Adapter, Array, LowRank
 from adapterx.graph.exported import Exported
 from adapterx.graph.match import TOLERANCE, adapters_name, close
 from adapterx.graph.paths import Paths
@@ -73,7 +73,8 @@ def _same(change: LowRank, given: LowRank) -> bool:
     pairs: list[tuple[Array | None, Array | None]] = [(change.a, given.a)] if given.rank or change.rank else []
     if given.is_relative:
         # What meets the base first has other gains, shifts and `b` in the graph; `a` it leaves alone.
-        pairs += [(change.b, given.b), *((change.parts.get(name), given.parts.get(name)) for name in RELATIVE)]
+        sides = ((one.parts.get(name) for one in (change, given)) for name in (*RELATIVE, PROMPT))
+        pairs += [(change.b, given.b), *((one, other) for one, other in sides)]
     tolerance = max(TOLERANCE.get(one.dtype.name, 1e-5) for one in (change, given))
     return bool(pairs) and all(
         one is other is None

@@ -13,7 +13,7 @@ from adapterx.errors import ModelError
 from adapterx.graph.attach import Place, attached, scaled_input
 from adapterx.graph.branches import SKIP_NORMS, Branch
 from adapterx.graph.exported import Exported, Operand
-from adapterx.graph.ports import Masks, Ports
+from adapterx.graph.ports import Masks, Ports, prepend, reshaped
 from adapterx.graph.shapes import Shapes
 from adapterx.graph.view import MICROSOFT, constant, is_op
 from adapterx.site import AdapterSite
@@ -55,8 +55,7 @@ def put_exported(
 ) -> None:
     """Let ``site``'s ports do what an exported adapter of another kind than linear LoRA did."""
     if exported.prompt is not None:
-        exported.prompt.replace_all_uses_with(ports[PROMPT])
-        _drop_initializer(exported.prompt)
+        _put_prompt(model, exported.prompt, ports[PROMPT])
         return
     op, join = exported.op, exported.join
     assert exported.base is not None, "only a prompt has no base"
@@ -92,6 +91,19 @@ def bypass_exported(exported: Exported) -> None:
     after, outputs = _after(join, nodes[-1].outputs[0])
     _replace(join, [*nodes, *after], outputs)
     drop_dead(exported.nodes)
+
+
+def _put_prompt(model: ir.Model, constant_prompt: ir.Value, port: ir.Value) -> None:
+    """Let whoever reads the constant read ``port``, under as many leading dimensions of 1."""
+    assert constant_prompt.const_value is not None, "a prompt is a constant"
+    axes = list(range(len(constant_prompt.const_value.shape.numpy()) - 2))
+    if axes:
+        node = reshaped(model, "Unsqueeze", port, axes, name=f"{port.name}.leading")
+        node.outputs[0].name = node.name
+        prepend(model, [node])
+        port = node.outputs[0]
+    constant_prompt.replace_all_uses_with(port)
+    _drop_initializer(constant_prompt)
 
 
 def put_after(base: ir.Value, nodes: Sequence[ir.Node], users: Iterable[tuple[ir.Node, int]]) -> None:

@@ -159,7 +159,7 @@ def _nameless(left: Iterable[Exported], sites: list[Pair]) -> list[str]:
     return [
         f"{one.place}: {one.kind} of rank {one.change.rank} that nothing names; give the exported adapter (adapter=...)"
         for one in left
-        if sites or one.scale != 1.0 or one.kind == "embedding"
+        if one.kind == "embedding" or (one.kind == "conv" and (sites or one.scale != 1.0))
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from tests.zoo.case import Case, Lora
 
@@ -12,6 +13,10 @@ BIASED = (("lora_bias", True),)
 WITH_BIASES = (("bias", "lora_only"),)
 SAVED = (("modules_to_save", ["classifier"]),)
 GROUPED, GROUPED_C = (("r", 6),), (("r", 8), ("lora_alpha", 12))
+SAVED_HEAD = (("modules_to_save", ["lm_head"]),)
+LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+# As PEFT loads a saved prompt of any kind: no encoder, one tensor.
+LOADED = (("inference_mode", True),)
 BY_FOUR = (("decompose_factor", 4),)
 SLICED = "the shared projections are as large as the largest module"
 
@@ -52,6 +57,12 @@ KINDS = (
         Case("adalora_normed", "normed", Lora(NORMED, kind="adalora"), kind="adalora"),
         Case("prompt", "llama_short", Lora((), kind="prompt", task_type="CAUSAL_LM"), kind="prompt"),
         Case("prefix", "llama_short", Lora((), kind="prefix", task_type="CAUSAL_LM"), kind="prefix"),
+        Case("prompt_loaded", "llama_short", Lora((), **LM, kind="prompt", extra=LOADED), kind="prompt"),
+        Case("prefix_loaded", "llama_short", Lora((), **LM, kind="prefix", extra=LOADED), kind="prefix"),
+        Case("conv_bias", "pictures", Lora(("conv1", "conv2"), name="style", extra=BIASED), kind="conv"),
+        Case("conv_whole_bias", "pictures", Lora(("conv1", "fc"), extra=WITH_BIASES), kind="bias"),
+        Case("embedding_head", "llama_tied", Lora(("embed_tokens", "lm_head"), name="style"), kind="embedding"),
+        Case("saved_head", "llama_short", Lora(("q_proj",), **LM, extra=SAVED_HEAD), kind="saved"),
     ),
     Case("dy_lokr", "mlp", Lora(MLP, kind="lokr"), "dynamo", kind="lokr"),
     Case("dy_lokr_normed", "normed", Lora(NORMED, kind="lokr", extra=BY_FOUR), "dynamo", kind="lokr"),
