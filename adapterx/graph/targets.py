@@ -123,7 +123,7 @@ def _hint(target: Target, modules: Modules) -> str:
     if _OF_PATTERNS.search(target):
         return "; a regular expression has to be compiled: re.compile(...)"
     ends = {".".join(name.split(".")[-target.count(".") - 1 :]) for name in modules}
-    return nearest(target, modules) or nearest(target, ends)
+    return nearest(target, ends) or nearest(target, modules)
 
 
 def _linear_names(modules: Modules) -> set[str]:
