@@ -151,11 +151,8 @@ def _floats(value: ir.Value) -> ir.Value:
         if is_op(node, "DequantizeLinear", domain=ANY):
             # What looks codes up in a table is dequantized, too, and has no floats above it.
             node = node.inputs[0].producer()
-            if not is_op(node, "QuantizeLinear", domain=ANY):
-                break
-        if not is_op(node, "QuantizeLinear", "DynamicQuantizeLinear", domain=ANY):
+        if node is None or not is_op(node, "QuantizeLinear", "DynamicQuantizeLinear", domain=ANY):
             break
-        assert node is not None, "is_op looked at it"
         assert node.inputs[0] is not None, "a quantizer has its operand"
         value = node.inputs[0]
     return value

@@ -122,20 +122,23 @@ def plan_for_adapters(modules: Modules, adapters: Mapping[str, Adapter], *, wher
         MismatchError: adapters that do not belong to this model, with every fault.
     """
     needs: dict[str, _Need] = {}
-    named, elsewhere = _Naming(), list[str]()
+    elsewhere: list[str] = []
+    named: _Naming | None = None
     for label, adapter in adapters.items():
         aims = _Aims.of(adapter, modules)
-        named = named or aims.naming
+        named = aims.naming if named is None else named
         faults = list(aims.faults)
         if partial and aims.needs:
             elsewhere += [site for site in aims.absent if site not in elsewhere]
         else:
-            faults += [f"{site}: no such module{nearest(site, modules)}" for site in aims.absent[:_SHOWN]]
+            lost = list(aims.absent.items())
+            faults += [f"{site}: no such module{nearest(target, modules)}" for site, target in lost[:_SHOWN]]
         faults += _other_base(adapter, aims, modules)
         if faults:
             raise MismatchError(_message(label, faults, adapter, where))
         for name, need in aims.needs.items():
             needs[name] = need.with_other(needs.get(name))
+    assert named is not None, "there is an adapter"
     planned = [
         _planned(named.site(name), bases, kind=needs[name].kind, ports=needs[name].ports, rank=needs[name].rank)
         for name, bases in modules.items()
@@ -187,13 +190,13 @@ class _Aims:
 
     Args:
         needs: by module
-        absent: sites that the model has no module for
+        absent: sites that the model has no module for, with what each would be called there
         faults: sites that do not fit theirs, in words
         naming: of the adapter
     """
 
     needs: Mapping[str, _Need]
-    absent: tuple[str, ...]
+    absent: Mapping[str, str]
     faults: tuple[str, ...]
     naming: _Naming
 
@@ -202,7 +205,7 @@ class _Aims:
         known = {name: (name,) for name in modules} | aliases(modules)
         rename = renaming(adapter.sites, known)
         needs: dict[str, _Need] = {}
-        absent, faults, naming = list[str](), list[str](), _Naming()
+        absent, faults, naming = dict[str, str](), list[str](), _Naming()
         parts: dict[str, dict[str, LowRank]] = defaultdict(dict)
         for given, change in adapter.sites.items():
             target = rename(given)
@@ -210,7 +213,7 @@ class _Aims:
                 faults.append(f"{given}: virtual tokens stand beside no operation; export the model with them")
                 continue
             if target not in known:
-                absent.append(given)
+                absent[given] = target
                 continue
             naming = naming or _Naming.of(given, target)
             names = known[target]
@@ -234,7 +237,7 @@ class _Aims:
             causes = _causes(change, [base], {})
             faults += [f"{whole}: {cause}" for cause in causes]
             needs |= {} if causes else {whole: _need(change, base, adapter.metadata)}
-        return cls(needs, tuple(absent), tuple(faults), naming)
+        return cls(needs, absent, tuple(faults), naming)
 
 
 def _planned(name: str, bases: tuple[Base, ...], *, kind: Kind, ports: Collection[str], rank: int) -> Planned:
