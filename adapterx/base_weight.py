@@ -151,7 +151,7 @@ def written(ref: BaseWeight, weight: Array, tensor: Tensors, *, keep_grid: bool 
             outermost code is clipped
 
     Returns:
-        Initializer name -> content, for all of ``ref.tensors``.
+        Initializer name -> content, for all of ``ref.tensors``; infinity where a half type cannot hold a number.
 
     Raises:
         ModelError: a storage that cannot be written.
@@ -161,7 +161,8 @@ def written(ref: BaseWeight, weight: Array, tensor: Tensors, *, keep_grid: bool 
         values = np.divide(values, ref.factor, dtype=values.dtype)
     if ref.storage == "float":
         present = tensor(ref.tensors[WEIGHT])
-        return {ref.tensors[WEIGHT]: values.reshape(present.shape).astype(present.dtype)}
+        with np.errstate(over="ignore"):
+            return {ref.tensors[WEIGHT]: values.reshape(present.shape).astype(present.dtype)}
     if ref.storage != "affine":
         raise ModelError(f"{ref.tensors[WEIGHT]}: a weight in {ref.storage} can be read but not written")
     return _requantized(ref, values, tensor, keep_grid)

@@ -31,7 +31,7 @@ def one_node(op, inputs, initializers, *, x_type=FLOAT, x_shape=("n", D_IN), bef
         [*before, node],
         "one",
         [helper.make_tensor_value_info("x", x_type, x_shape)],
-        [helper.make_tensor_value_info("y", y_type, None)],
+        [helper.make_tensor_value_info("y", y_type, "nmhw"[: max(2, len(x_shape))])],
         tensors,
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -85,7 +85,7 @@ def as_bytes(array):
 # -- The forms ------------------------------------------------------------------------------------------------------
 
 
-def n_bits(bits, symmetric, dtype=np.float32, quant_format=QuantFormat.QOperator, block_size=32):
+def n_bits(bits, symmetric, dtype=np.float32, quant_format=QuantFormat.QOperator, block_size=32, weight=weight):
     config = DefaultWeightOnlyQuantConfig(
         block_size=block_size, is_symmetric=symmetric, quant_format=quant_format, bits=bits
     )

@@ -1,0 +1,357 @@
+"""A merged model is PyTorch with the adapter: on bases that never had one, on models with ports, for every kind."""
+
+import os
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper
+
+from adapterx import weight_rows
+from adapterx.adapter import Adapter, LowRank
+from adapterx.combination import combine
+from adapterx.errors import MismatchError, ModelError, OptionError
+from adapterx.formats import load_adapter
+from adapterx.fused import split
+from adapterx.graph import merged_files
+from adapterx.graph.extract import extract_adapters
+from adapterx.graph.merge import merge_adapter, unmerge_adapter
+from adapterx.manifest import KEY
+from adapterx.runtime.session import AdapterSession
+from tests.graph.base_models import floats, proto
+from tests.zoo import CASES, build
+
+# Bases without an adapter, as exporters write them, optimized and not.
+BASES = [
+    *("ts_llama", "ts_phi3", "dy_llama", "dy_phi3", "optimum_llama", "optimum_bert", "genai_llama", "genai_phi3"),
+    *("ts_gpt2", "ts_bert", "ts_vit", "ts_mlp", "dy_mlp", "ts_normed", "dy_normed", "ts_conv", "dy_conv"),
+]
+PORTED = [
+    *("ts_llama_ort_extended", "dy_llama_stripped", "ts_llama_two_active", "ts_llama_lm_head", "ts_llama_half"),
+    *("dy_llama_external", "optimum_t5_merged_first", "ts_gpt2_ort_extended", "ts_bert_ort_transformers"),
+    *("ts_repeated", "dy_repeated", "ts_normed_ort_extended", "dy_normed_ort_extended", "dy_bert_classifier"),
+]
+# What an adapter of another kind is merged into: a base of the same seeded model, exported without one.
+MLP, LLAMA, NORMED = ("plain", "ts_plain"), ("plain", "dy_plain"), ("base", "ts_normed")
+KINDS = {
+    **dict.fromkeys(("ts_dora", "ts_lora_bias", "ts_ia3", "ts_bias", "ts_vera_mlp", "ts_loha", "dy_lokr"), MLP),
+    **dict.fromkeys(("ts_embedding", "ts_dora_llama", "ts_vera"), LLAMA),
+    **dict.fromkeys(("ts_dora_normed", "ts_lora_bias_normed", "ts_ia3_normed", "ts_bias_normed"), NORMED),
+    "ts_saved": ("ported", "ts_bert_classifier"),
+    "ts_embedding_tied": ("ported", "ts_llama_lm_head"),
+    "dy_dora_normed": ("ported", "ts_normed_ort_extended"),
+}
+
+
+def exported_adapter(name, built):
+    return built.adapters["a"] if CASES[name].needs_adapter or CASES[name].file else None
+
+
+def ported(name, folder, **options):
+    built = build(name)
+    options = {"make_inputs": True, "adapter": exported_adapter(name, built), **options}
+    return extract_adapters(built.model, folder, **options).model_path
+
+
+def base_of(how, name, tmp_path):
+    if how == "ported":
+        return ported(name, tmp_path / "ported")
+    return build(name).model if how == "plain" else build(name).base_model
+
+
+def run(path, feeds):
+    session = ort.InferenceSession(str(path))
+    wanted = {value.name for value in session.get_inputs()}
+    return session.run(None, {name: array for name, array in feeds.items() if name in wanted})
+
+
+def assert_outputs(got, want, atol):
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_with_an_adapter_merged_in_is_pytorch_with_it(name, tmp_path):
+    built = build(name)
+    merge_adapter(built.base_model, built.adapters["b"], tmp_path / "merged.onnx")
+    assert_outputs(run(tmp_path / "merged.onnx", built.feeds), built.expected["b"], CASES[name].atol)
+
+
+@pytest.mark.parametrize("name", PORTED)
+def test_a_model_with_ports_becomes_a_plain_one_with_the_adapter_in_it(name, tmp_path):
+    built, model = build(name), ported(name, tmp_path / "ported")
+    path = tmp_path / "merged.onnx"
+    merge_adapter(model, built.adapters["b"], path, partial=bool(CASES[name].file))
+    assert_outputs(run(path, built.feeds), built.expected["b"], CASES[name].atol)
+    merged, before = onnx.load(path), onnx.load(built.model, load_external_data=False)
+    assert [value.name for value in merged.graph.input] == [value.name for value in before.graph.input]
+    assert [value.name for value in merged.graph.output] == [value.name for value in before.graph.output]
+    assert not merged.functions
+    assert "ai.adapterx" not in merged.SerializeToString().decode("latin1")
+    assert KEY not in {entry.key for entry in merged.metadata_props}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_adapter_is_merged(name, tmp_path):
+    built = build(name)
+    merge_adapter(base_of(*KINDS[name], tmp_path), built.adapters["b"], tmp_path / "merged.onnx")
+    assert_outputs(run(tmp_path / "merged.onnx", built.feeds), built.expected["b"], CASES[name].atol)
+
+
+@pytest.mark.parametrize("options", [{"pack_inputs": True}, {"make_inputs": False}, {"optional_inputs": False}])
+def test_ports_of_every_sort_are_taken_out(options, tmp_path):
+    built, model = build("ts_llama"), ported("ts_llama", tmp_path / "ported", **options)
+    merge_adapter(model, built.adapters["b"], tmp_path / "merged.onnx")
+    assert_outputs(run(tmp_path / "merged.onnx", built.feeds), built.expected["b"], 1e-4)
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_ports_that_are_kept_take_another_adapter_on_top(another, tmp_path):
+    built, model = build("ts_llama"), ported("ts_llama", tmp_path / "ported")
+    merge_adapter(model, built.adapters["b"], tmp_path / "merged.onnx", keep_ports=True)
+    session = AdapterSession(tmp_path / "merged.onnx", adapters={"c": built.adapters["c"]})
+    b, c = (load_adapter(built.adapters[name]) for name in "bc")
+    both = AdapterSession(model, adapters={"both": combine([(b, 1.0), (c, 1.0)]) if another else b})
+    want = both.run(None, built.feeds, adapter="both")
+    assert_outputs(session.run(None, built.feeds, adapter="c" if another else None), want, 1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.5, -1.5])
+def test_a_part_of_an_adapter_is_what_a_session_makes_of_that_weight(weight, tmp_path):
+    built, model = build("ts_llama"), ported("ts_llama", tmp_path / "ported")
+    session = AdapterSession(model, adapters={"part": combine([(load_adapter(built.adapters["b"]), weight)])})
+    want = session.run(None, built.feeds, adapter="part")
+    merge_adapter(model, built.adapters["b"], tmp_path / "merged.onnx", weight=weight)
+    assert_outputs(run(tmp_path / "merged.onnx", built.feeds), want, 1e-4)
+
+
+UNMERGED = {"ts_llama": 1e-6, "ts_gpt2": 1e-6, "ts_conv": 1e-6, "ts_ia3": 1e-6, "ts_llama_half": 2e-3}
+
+
+@pytest.mark.parametrize("name", UNMERGED)
+def test_what_was_merged_can_be_taken_out_to_within_rounding(name, tmp_path):
+    built = build(name)
+    how = KINDS.get(name, ("base" if built.base_model else "ported", name))
+    base = base_of(*how, tmp_path)
+    if how[0] == "ported":
+        sites = load_adapter(built.adapters["b"]).sites.items()
+        zero = Adapter({site: LowRank(a=one.a, b=0 * one.b) for site, one in sites})
+        merge_adapter(base, zero, tmp_path / "plain.onnx")
+        base = tmp_path / "plain.onnx"
+    merge_adapter(base, built.adapters["b"], tmp_path / "merged.onnx")
+    unmerge_adapter(tmp_path / "merged.onnx", built.adapters["b"], tmp_path / "again.onnx")
+    old, again, merged = (initializers(path) for path in (base, tmp_path / "again.onnx", tmp_path / "merged.onnx"))
+    assert old.keys() == again.keys()
+    for key, array in old.items():
+        np.testing.assert_allclose(again[key].astype(np.float64), array, rtol=0, atol=UNMERGED[name])
+    assert any(not np.array_equal(merged[key], old[key]) for key in old)
+
+
+def initializers(path):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def test_dora_cannot_be_taken_out_of_the_merged_weight_alone(tmp_path):
+    built = build("ts_dora")
+    merge_adapter(build("ts_plain").model, built.adapters["b"], tmp_path / "merged.onnx")
+    with pytest.raises(MismatchError, match="cannot be undone from the merged weight alone"):
+        unmerge_adapter(tmp_path / "merged.onnx", built.adapters["b"], tmp_path / "again.onnx")
+    assert not (tmp_path / "again.onnx").exists()
+
+
+# -- Shared weights, fused layers, biases -----------------------------------------------------------------------------
+
+
+VOCABULARY, HIDDEN = 10, 24
+TABLE = floats(VOCABULARY, HIDDEN)
+
+
+def tied():
+    """An embedding and a head that read one initializer."""
+    body = "e = Gather(w, i)\nv = Transpose<perm=[1,0]>(w)\ny = MatMul(e, v)"
+    paths = {"w": "model.embed_tokens.weight", "e": "/model/embed_tokens/Gather", "y": "/lm_head/MatMul"}
+    return proto(body, {"w": TABLE}, inputs="int64[n,t] i", names=paths)
+
+
+def random_change(d_in, d_out):
+    rng = np.random.default_rng(d_in)
+    return LowRank(*(rng.standard_normal((3, width)).astype(np.float32) for width in (d_in, d_out)))
+
+
+@pytest.mark.parametrize("sites", [("lm_head",), ("model.embed_tokens",), ("lm_head", "model.embed_tokens")])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_only_the_adapted_one_of_two_tied_modules_changes(sites, in_file, tmp_path):
+    sizes = {"lm_head": (HIDDEN, VOCABULARY), "model.embed_tokens": (VOCABULARY, HIDDEN)}
+    adapter = Adapter({site: random_change(*sizes[site]) for site in sites})
+    onnx.save(tied(), tmp_path / "model.onnx")
+    if in_file:
+        external(tmp_path / "model.onnx", tmp_path / "model.onnx", one_file=True)
+    merge_adapter(tmp_path / "model.onnx", adapter, tmp_path / "merged.onnx")
+    delta = {site: one.a.T @ one.b for site, one in adapter.sites.items()}
+    table, head = TABLE + delta.get("model.embed_tokens", 0), TABLE.T + delta.get("lm_head", 0)
+    ids = np.array([[1, 9, 0]])
+    assert_outputs(run(tmp_path / "merged.onnx", {"i": ids}), [table[ids] @ head], 1e-4)
+    if in_file:
+        size = (tmp_path / "merged.onnx.data").stat().st_size - (tmp_path / "weights.bin").stat().st_size
+        assert TABLE.nbytes <= size < TABLE.nbytes + 64
+
+
+def test_an_adapter_of_split_modules_is_merged_into_a_fused_one(tmp_path):
+    built = build("ts_phi3")
+    sites = {}
+    for name, change in load_adapter(built.adapters["b"]).sites.items():
+        if name.endswith("qkv_proj"):
+            names = [f"{name.removesuffix('qkv_proj')}{part}_proj" for part in "qkv"]
+            sites |= dict(zip(names, split(change, (48, 24, 24)), strict=True))
+        else:
+            sites[name] = change
+    assert len(sites) > len(load_adapter(built.adapters["b"]).sites)
+    merge_adapter(built.base_model, Adapter(sites), tmp_path / "merged.onnx")
+    assert_outputs(run(tmp_path / "merged.onnx", built.feeds), built.expected["b"], 1e-4)
+
+
+def test_a_shift_makes_a_bias_where_there_was_none(tmp_path):
+    """`up` of the model has no bias."""
+    built = build("ts_normed")
+    shift = np.random.default_rng(1).standard_normal((1, 56)).astype(np.float32)
+    merge_adapter(built.base_model, Adapter({"up": LowRank.of_parts({"shift": shift})}), tmp_path / "merged.onnx")
+    [x] = built.feeds.values()
+    weights = initializers(built.base_model)
+    h = x @ next(w if w.shape == (40, 56) else w.T for w in weights.values() if sorted(w.shape) == [40, 56]) + shift
+    merged = onnx.load(tmp_path / "merged.onnx")
+    [add] = [node for node in merged.graph.node if node.name == "up/bias"]
+    merged.graph.output.append(onnx.helper.make_tensor_value_info(add.output[0], 1, None))
+    onnx.save(merged, tmp_path / "shown.onnx")
+    np.testing.assert_allclose(run(tmp_path / "shown.onnx", built.feeds)[-1], h, atol=1e-5)
+
+
+# -- Files ------------------------------------------------------------------------------------------------------------
+
+
+def external(path, source, *, one_file):
+    """``source`` with its weights in one data file, or in one each."""
+    model = onnx.load(source)
+    names = {"location": "weights.bin"} if one_file else {}
+    onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=one_file, size_threshold=512, **names)
+    return path
+
+
+@pytest.mark.parametrize("one_file", [True, False])
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_data_files_are_copied_with_the_merged_weights_in_them(one_file, elsewhere, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    built = build("ts_llama")
+    (tmp_path / "in").mkdir()
+    model = external(tmp_path / "in" / "model.onnx", built.base_model, one_file=one_file)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    output = (tmp_path / "out" if elsewhere else tmp_path / "in") / "merged.onnx"
+    merge_adapter(model, built.adapters["b"], output)
+    assert_outputs(run(output, built.feeds), built.expected["b"], 1e-4)
+    onnx.checker.check_model(str(output))
+    for name, content in before.items():
+        assert (tmp_path / "in" / name).read_bytes() == content
+    new = {path.name for path in output.parent.iterdir()} - (set() if elsewhere else set(before))
+    if one_file:
+        assert new == {"merged.onnx", "merged.onnx.data"}
+        assert (output.parent / "merged.onnx.data").stat().st_size == len(before["weights.bin"])
+    if elsewhere:
+        (tmp_path / "in").rename(tmp_path / "gone")
+        assert_outputs(run(output, built.feeds), built.expected["b"], 1e-4)
+
+
+def test_blocks_of_rows_make_the_weight_that_one_block_makes(tmp_path, monkeypatch):
+    built = build("ts_llama")
+    model = external(tmp_path / "model.onnx", built.base_model, one_file=True)
+    merge_adapter(model, built.adapters["b"], tmp_path / "one.onnx")
+    rows = []
+
+    def small(ref, nbytes):
+        rows.append(weight_rows.row_blocks(ref, nbytes, block_bytes=1000))
+        return rows[-1]
+
+    monkeypatch.setattr(merged_files, "row_blocks", small)
+    merge_adapter(model, built.adapters["b"], tmp_path / "many.onnx")
+    assert min(len(blocks) for blocks in rows) > 3
+    one, many = initializers(tmp_path / "one.onnx"), initializers(tmp_path / "many.onnx")
+    for name, array in one.items():
+        np.testing.assert_allclose(many[name], array, rtol=0, atol=1e-6)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    built = build("ts_llama")
+    model = external(tmp_path / "model.onnx", built.base_model, one_file=True)
+    (tmp_path / "merged.onnx").write_text("old")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        merge_adapter(model, built.adapters["b"], tmp_path / "merged.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "merged.onnx").read_text() == "old"
+
+
+def test_the_argument_is_left_alone(tmp_path):
+    built = build("ts_mlp")
+    proto = onnx.load(built.base_model)
+    model = ir.from_proto(proto)
+    for given in (proto, model):
+        merge_adapter(given, built.adapters["b"], tmp_path / "merged.onnx")
+        assert_outputs(run(tmp_path / "merged.onnx", built.feeds), built.expected["b"], 1e-4)
+    assert ir.to_proto(model).SerializeToString() == ir.to_proto(ir.from_proto(proto)).SerializeToString()
+
+
+# -- Refused ----------------------------------------------------------------------------------------------------------
+
+
+def change(d_in, d_out, rank=1):
+    return LowRank(a=np.ones((rank, d_in), np.float32), b=np.ones((rank, d_out), np.float32))
+
+
+def test_every_fault_is_told_before_anything_is_written(tmp_path):
+    built = build("ts_mlp")
+    adapter = Adapter({"fc1": change(99, 56), "fc3": change(56, 24), "head": change(24, 10)})
+    with pytest.raises(MismatchError) as caught:
+        merge_adapter(built.base_model, adapter, tmp_path / "merged.onnx")
+    told = str(caught.value)
+    assert "cannot be merged at 2 of 3 sites" in told
+    assert "fc1: the adapter is (99,) -> 56, the weight is 40 -> 56" in told
+    assert "fc3: the model has no such module; nearest is fc" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_still_holds_an_adapter_is_refused(tmp_path):
+    built = build("ts_mlp")
+    with pytest.raises(ModelError, match="still holds an adapter, at 3 sites; take it out with extract_adapters"):
+        merge_adapter(built.model, built.adapters["b"], tmp_path / "merged.onnx")
+
+
+def test_what_no_weight_can_hold_is_refused(tmp_path):
+    plain = build("dy_plain").model
+    with pytest.raises(MismatchError, match="a prompt stands beside the weights"):
+        merge_adapter(plain, build("ts_prompt").adapters["b"], tmp_path / "merged.onnx")
+    built = build("ts_conv1d")
+    with pytest.raises(MismatchError, match="conv2: a convolution in 2 groups"):
+        merge_adapter(built.base_model, built.adapters["b"], tmp_path / "merged.onnx")
+
+
+def test_options_and_targets_that_cannot_be_are_refused(tmp_path):
+    built = build("ts_mlp")
+    with pytest.raises(OptionError, match="weight=nan"):
+        merge_adapter(built.base_model, built.adapters["b"], tmp_path / "merged.onnx", weight=float("nan"))
+    with pytest.raises(ModelError, match="is the model itself"):
+        merge_adapter(built.base_model, built.adapters["b"], built.base_model)
+
+
+def test_numbers_beyond_float16_are_refused(tmp_path):
+    built, model = build("ts_llama_half"), ported("ts_llama_half", tmp_path / "ported")
+    name = load_adapter(built.adapters["b"]).sites.keys().__iter__().__next__()
+    d_in, d_out = (
+        load_adapter(built.adapters["b"]).sites[name].a.shape[1],
+        load_adapter(built.adapters["b"]).sites[name].d_out,
+    )
+    huge = LowRank(a=np.full((1, d_in), 300, np.float32), b=np.full((1, d_out), 300, np.float32))
+    with pytest.raises(ModelError, match="beyond float16"):
+        merge_adapter(model, Adapter({name: huge}), tmp_path / "merged.onnx")
+    assert not (tmp_path / "merged.onnx").exists()
