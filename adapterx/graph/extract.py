@@ -263,7 +263,7 @@ def _bases(model: ir.Model, finding: Finding) -> dict[str, SiteBase]:
     ops |= {f.site.name: f.branches[0].base_op for f in finding.found if _takes_absolute(f.site)}
     if not ops:
         return {}
-    known = {base.op: base for base in find_bases(model)}
+    known: dict[ir.Node | None, Base] = {base.op: base for base in find_bases(model)}
     _refuse_unreadable(finding, known)
     return {
         name: SiteBase(known[op].weight, "" if (bias := known[op].bias) is None else bias.name or "")
