@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from adapterx.graph.merge import unmerge_adapter as unmerge_adapter
     from adapterx.graph.sites import find_sites as find_sites
     from adapterx.merge_table import Merge as Merge
+    from adapterx.merged_checkpoint import merge_peft as merge_peft
     from adapterx.runtime.session import AdapterSession as AdapterSession
     from adapterx.site import AdapterSite as AdapterSite
     from adapterx.verify import Verification as Verification
@@ -78,6 +79,7 @@ __all__ = [
     "inject_adapters",
     "load_adapter",
     "merge_adapter",
+    "merge_peft",
     "save_adapter",
     "unmerge_adapter",
     "verify_extraction",
@@ -99,6 +101,7 @@ _HOMES = {
     "inject_adapters": "adapterx.graph.inject",
     "load_adapter": "adapterx.formats",
     "merge_adapter": "adapterx.graph.merge",
+    "merge_peft": "adapterx.merged_checkpoint",
     "save_adapter": "adapterx.formats",
     "unmerge_adapter": "adapterx.graph.merge",
     "verify_extraction": "adapterx.verify",

@@ -12,6 +12,7 @@ VERBS = {
     "find_sites",
     "inject_adapters",
     "merge_adapter",
+    "merge_peft",
     "unmerge_adapter",
     "extract_adapters",
     "load_adapter",

@@ -25,6 +25,7 @@ _SPELLINGS: Final = {
     "dynamic_rank=True": "--dynamic-rank",
     "make_inputs=False": "--external",
     "make_inputs=True": "--make-inputs",
+    "keep_ports=True": "--keep-ports",
     "pack_inputs": "--pack-inputs",
     "partial=True": "--partial",
     "structural=True": "--structural",
