@@ -17,12 +17,13 @@ from adapterx.errors import FormatError, MismatchError, OptionError, nearest
 from adapterx.formats import load_adapter, save_adapter
 from adapterx.formats.detect import Written, written_format
 from adapterx.formats.faults import Faults
-from adapterx.formats.quantized import Quantization, check, quantized
+from adapterx.formats.quantized import Quantization, check
 from adapterx.graph.bases import find_bases
 from adapterx.graph.extract import base_fingerprint
 from adapterx.graph.load import ModelLike, load_model, read_proto
 from adapterx.graph.sites import AdapterLike, find, label
 from adapterx.kinds.lora import cast
+from adapterx.limits import Limits
 from adapterx.manifest import Manifest, SiteBase, manifest_of
 from adapterx.pipeline import component as component_of
 from adapterx.runtime.base_tensors import BaseTensors
@@ -103,7 +104,7 @@ def convert_adapter(  # noqa: PLR0913 - each option is one thing that is asked f
     if dtype is not None:
         whole = _cast(whole, np.dtype(dtype), name)
     save_adapter(whole, output, format=kind, quantize=quantize)
-    return whole if quantize is None else _quantized(whole, quantize)
+    return whole if quantize is None else _read_back(whole, output)
 
 
 def _check_options(kind: Written, nothing_to_fill: bool, dtype: str | None, quantize: str | None) -> None:
@@ -191,9 +192,11 @@ def _cast(adapter: Adapter, dtype: np.dtype[np.generic], name: str) -> Adapter:
     return Adapter(sites, adapter.metadata)
 
 
-def _quantized(adapter: Adapter, quantization: Quantization) -> Adapter:
-    written = quantized(adapter, quantization)
-    return Adapter(written.sites, {**written.metadata, ERROR: f"{distance(adapter, written):.6g}"})
+def _read_back(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
+    """What codes in a file make of ``adapter``, and how far that is from it."""
+    limits = Limits(rank=max(adapter.ranks), ndim=8, file_bytes=Path(path).stat().st_size)
+    written = load_adapter(path, limits=limits)
+    return Adapter(written.sites, {**adapter.metadata, ERROR: f"{distance(adapter, written):.6g}"})
 
 
 def _filled(adapter: Adapter, manifest: Manifest, *, everything: bool) -> Adapter:

@@ -63,7 +63,7 @@ def truncated(change: LowRank, rank: int) -> Truncated:
     """
     a, b = _rows(change.a), _rows(change.b)
     if change.rank <= rank:
-        return Truncated(change, 0.0, float(np.vdot(a @ a.T, b @ b.T)))
+        return Truncated(change, 0.0, _squared(a, b))
     (q_in, r_in), (q_out, r_out) = np.linalg.qr(a.T), np.linalg.qr(b.T)
     u, values, v = np.linalg.svd(r_out @ r_in.T, full_matrices=False)
     root = np.sqrt(values[:rank])[:, None]
@@ -153,15 +153,22 @@ def distance(adapter: Adapter, other: Adapter) -> float:
 
 def _apart(change: LowRank, other: LowRank) -> Truncated:
     """``other`` and the squared norms of the difference and of ``change``, by way of small matrices."""
-    whole = truncated(change, change.rank).whole
+    a, b, near_a, near_b = (_rows(one) for one in (change.a, change.b, other.a, other.b))
+    whole = _squared(a, b)
     if not change.rank or not other.rank:
         return Truncated(other, whole, whole)
-    # The difference is b.T @ a of both, one under the other. Its norm is that of the small matrix between two QRs,
-    # which keeps the digits that a sum of squares would cancel.
-    a = np.concatenate([_rows(change.a), _rows(other.a)])
-    b = np.concatenate([_rows(change.b), -_rows(other.b)])
-    core = np.linalg.qr(b.T).R @ np.linalg.qr(a.T).R.T
-    return Truncated(other, float(np.vdot(core, core)), whole)
+    if change.rank != other.rank:
+        # The difference is b.T @ a of both, one under the other. Its norm is that of the small matrix between two QRs,
+        # which keeps the digits that a sum of squares would cancel.
+        core = np.linalg.qr(np.concatenate([b, -near_b]).T).R @ np.linalg.qr(np.concatenate([a, near_a]).T).R.T
+        return Truncated(other, float(np.vdot(core, core)), whole)
+    # b'.T @ a' - b.T @ a, spelled so that small numbers come from small differences.
+    return Truncated(other, _squared(np.concatenate([near_a - a, near_a]), np.concatenate([b, near_b - b])), whole)
+
+
+def _squared(a: Array, b: Array) -> float:
+    """The squared Frobenius norm of ``b.T @ a``."""
+    return float(np.vdot(a @ a.T, b @ b.T))
 
 
 def _rows(array: Array) -> Array:
@@ -170,4 +177,5 @@ def _rows(array: Array) -> Array:
 
 def _relative(done: Iterable[Truncated]) -> float:
     lost, whole = (sum(numbers) for numbers in zip(*((one.lost, one.whole) for one in done), strict=True))
-    return math.sqrt(lost / whole) if whole else 0.0
+    # Rounding may leave a norm of nothing below 0.
+    return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0

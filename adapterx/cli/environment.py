@@ -11,7 +11,6 @@ _PACKAGES = (
     "numpy",
     "ml_dtypes",
     "safetensors",
-    "flatbuffers",
     "onnx",
     "onnx-ir",
     "onnxruntime",

@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from typing import Any
 
-import flatbuffers
 import numpy as np
 
 from adapterx.adapter import Adapter, Array
-from adapterx.atomic import atomic_write
+from adapterx.atomic import Buffer, atomic_write
 from adapterx.errors import FormatError
 from adapterx.formats.dtypes import BY_DTYPE, BY_ONNX, NAMES
 from adapterx.formats.file_bytes import Bytes, FileBytes
@@ -28,6 +26,8 @@ FORMAT_VERSION = 1
 # Our own files: says that the matrices lie rank first, and that model_version is made of a base fingerprint.
 WRITTEN_BY_ADAPTERX = 0x41583031
 
+# Of a table of four fields of four bytes: its own size, that of the table, and where the fields are in it.
+_VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
 _LARGEST = 2**31 - 1
 _ALIGNMENT = 64
 _ADVICE = "The file is broken: download or export it again."
@@ -68,23 +68,64 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         FormatError: an element type or a size (2 GB) that the format cannot hold, or a rank of 0.
     """
     tensors = list(tensors_to_write(adapter.sites, str(path)))
-    # Tables, names and padding of one tensor take less than this beside its name.
-    size = 1024 + sum(array.nbytes + len(name) * 4 + 256 for name, array in tensors)
+    version = model_version(adapter.metadata.get("base_fingerprint", ""))
+    tables, starts, size = _tables(tensors, version)
     if size > _LARGEST:
         raise FormatError(f"{path}: an .onnx_adapter file holds at most 2 GB, this takes {size:,}; write .safetensors")
-    builder = flatbuffers.Builder(size)
-    parameters = [_add_parameter(builder, name, array) for name, array in tensors]
-    builder.StartVector(4, len(parameters), 4)
-    for offset in reversed(parameters):
-        builder.PrependUOffsetTRelative(offset)
-    vector = builder.EndVector()
-    builder.StartObject(4)
-    builder.PrependInt32Slot(0, FORMAT_VERSION, 0)
-    builder.PrependInt32Slot(1, WRITTEN_BY_ADAPTERX, 0)
-    builder.PrependInt32Slot(2, model_version(adapter.metadata.get("base_fingerprint", "")), 0)
-    builder.PrependUOffsetTRelativeSlot(3, vector, 0)
-    builder.Finish(builder.EndObject(), file_identifier=IDENTIFIER)
-    atomic_write(path, memoryview(builder.Bytes)[builder.Head() :])
+    atomic_write(path, _pieces(tables, starts, tensors))
+
+
+def _pieces(tables: bytes, starts: list[int], tensors: list[tuple[str, Array]]) -> Iterator[Buffer]:
+    yield tables
+    end = len(tables)
+    for start, (_, array) in zip(starts, tensors, strict=True):
+        yield bytes(start - 4 - end) + struct.pack("<I", array.nbytes)
+        yield array.reshape(-1).view(np.uint8).data
+        end = start + array.nbytes
+    yield bytes(-end % 4)
+
+
+def _tables(tensors: list[tuple[str, Array]], version: int) -> tuple[bytes, list[int], int]:
+    """Everything in front of the data, where the data of each tensor starts, and the size of the whole file.
+
+    Laid out front to back, since the builder of the flatbuffers package, which goes the other way, holds a second copy
+    of all data. A table is the offset back to its vtable and then its fields; what these refer to lies behind it.
+    """
+    # Identifier; vtable and fields of Adapter; vtable of Parameter, which all share; the vector of parameters.
+    head = struct.pack("<I4s", 20, IDENTIFIER) + _VTABLE
+    head += struct.pack("<iiiiI", 12, FORMAT_VERSION, WRITTEN_BY_ADAPTERX, version, 16) + _VTABLE
+    shared, first = 40, 56 + 4 * len(tensors)
+    head += struct.pack("<I", len(tensors))
+    head += b"".join(struct.pack("<I", first + 20 * i - (56 + 4 * i)) for i in range(len(tensors)))
+    texts, places = _texts(tensors, first + 20 * len(tensors))
+    starts, end = [], first + 20 * len(tensors) + len(texts)
+    for _, array in tensors:
+        # Four bytes of length lie in front of what is aligned.
+        start = -(-(end + 4) // _ALIGNMENT) * _ALIGNMENT
+        starts.append(start)
+        end = start + array.nbytes
+    tables = []
+    for i, (_, array) in enumerate(tensors):
+        at, (name, dims) = first + 20 * i, places[i]
+        code, data = BY_DTYPE[array.dtype].onnx, starts[i] - 4
+        # An offset counts from the field that holds it, and has 32 bits; what is too large is refused by its size.
+        fields = (at - shared, name - at - 4, dims - at - 8, code, (data - at - 16) & 0xFFFFFFFF)
+        tables.append(struct.pack("<iIIiI", *fields))
+    return head + b"".join(tables) + texts, starts, end + -end % 4
+
+
+def _texts(tensors: list[tuple[str, Array]], start: int) -> tuple[bytes, list[tuple[int, int]]]:
+    """Names and dims, and where each tensor's two begin, in a file where they start at ``start``."""
+    texts, places = bytearray(), []
+    for name, array in tensors:
+        raw = name.encode()
+        text = start + len(texts)
+        texts += struct.pack("<I", len(raw)) + raw + b"\0"
+        # The numbers, not their count, are aligned to 8 bytes.
+        texts += bytes(-(start + len(texts) + 4) % 8)
+        places.append((text, start + len(texts)))
+        texts += struct.pack(f"<I{array.ndim}q", array.ndim, *array.shape)
+    return bytes(texts), places
 
 
 def model_version(fingerprint: str) -> int:
@@ -103,24 +144,6 @@ def model_version(fingerprint: str) -> int:
         return (int(fingerprint[:8], 16) & 0x7FFFFFFF) or 1
     except ValueError:
         return 0
-
-
-def _add_parameter(builder: Any, name: str, array: Array) -> int:
-    data = array.reshape(-1).view(np.uint8).tobytes()
-    # A vector of bytes is not aligned by itself; whoever maps the file wants to use its tensors as they lie.
-    builder.Prep(_ALIGNMENT, len(data))
-    raw_data = builder.CreateByteVector(data)
-    builder.StartVector(8, array.ndim, 8)
-    for size in reversed(array.shape):
-        builder.PrependInt64(size)
-    dims = builder.EndVector()
-    text = builder.CreateString(name)
-    builder.StartObject(4)
-    builder.PrependUOffsetTRelativeSlot(0, text, 0)
-    builder.PrependUOffsetTRelativeSlot(1, dims, 0)
-    builder.PrependInt32Slot(2, BY_DTYPE[array.dtype].onnx, 0)
-    builder.PrependUOffsetTRelativeSlot(3, raw_data, 0)
-    return int(builder.EndObject())
 
 
 def _parameters(buffer: _Buffer, root: _Table, limits: Limits) -> Iterator[tuple[str, Array]]:

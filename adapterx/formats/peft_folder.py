@@ -34,7 +34,8 @@ from adapterx.formats.tensor_table import PREFIX, tensors_to_write
 
 # The last part of an embedding's path. Its tensors have names of their own in PEFT, and the matrices do not tell.
 EMBEDDINGS = (
-    "embed_tokens", "word_embeddings", "word_embedding", "token_embedding", "wte", "embed_in", "tok_embeddings", "shared",
+    "embed_tokens", "word_embeddings", "word_embedding", "token_embedding", "wte", "embed_in", "tok_embeddings",
+    "shared",
 )  # fmt: skip
 _GAINS = frozenset({GAIN, INPUT_GAIN})
 

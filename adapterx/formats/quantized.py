@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from adapterx.adapter import LORA_A, LORA_B, Adapter, Array, LowRank
+from adapterx.adapter import LORA_A, LORA_B, Adapter, Array
 from adapterx.errors import FormatError, OptionError, nearest
 from adapterx.formats.faults import Faults
 from adapterx.formats.json_text import json_object
@@ -31,6 +31,8 @@ KEY, SHAPES = "quantized", "quantized_shapes"
 SCALE = ".scale"
 GROUP = 32
 _GREATEST = {"int8": 127, "int4": 7}
+# The two values of each byte.
+_PAIRS = np.stack([((np.arange(256) >> shift & 0xF ^ 8) - 8).astype(np.float32) for shift in (0, 4)], axis=-1)
 _ADVICE = "Nothing was loaded. Convert the adapter again."
 
 
@@ -73,18 +75,6 @@ def stored(adapter: Adapter, quantization: Quantization) -> tuple[dict[str, Arra
     return tensors, metadata
 
 
-def quantized(adapter: Adapter, quantization: Quantization) -> Adapter:
-    """``adapter`` with the values that a file of it would give back, in float32."""
-    tensors, metadata = stored(adapter, quantization)
-    values = dequantized(tensors, metadata, where="the adapter")
-    sites = {}
-    for site, change in adapter.sites.items():
-        a, b = (values.get(f"{site}.{side}.weight") for side in (LORA_A, LORA_B))
-        parts = {part: array.astype(np.float32) for part, array in change.parts.items()}
-        sites[site] = LowRank.of_parts(parts) if a is None or b is None else LowRank(a=a, b=b, parts=parts)
-    return Adapter(sites, adapter.metadata)
-
-
 def dequantized(arrays: Mapping[str, Array], metadata: Mapping[str, str], *, where: str) -> dict[str, Array]:
     """The tensors of a quantized file as float32.
 
@@ -122,28 +112,29 @@ def _codes(array: Array, quantization: str) -> tuple[Array, Array]:
     rank, greatest = len(array), _GREATEST[quantization]
     rows = array.reshape(rank, -1).astype(np.float32)
     if quantization == "int8":
-        scale = np.abs(rows).max(axis=1) / np.float32(greatest)
-        return _rounded(rows, scale[:, None]).reshape(array.shape), scale
-    groups = _grouped(rows)
-    scale = np.abs(groups).max(axis=2) / np.float32(greatest)
-    codes = _rounded(groups, scale[:, :, None]).reshape(rank, -1)[:, : rows.shape[1] + rows.shape[1] % 2]
-    nibbles = (codes & 0xF).astype(np.uint8)
+        codes, scale = _rounded(rows, greatest)
+        return codes.reshape(array.shape), scale
+    codes, scale = _rounded(_grouped(rows), greatest)
+    nibbles = codes.reshape(rank, -1)[:, : rows.shape[1] + rows.shape[1] % 2].view(np.uint8) & 0xF
     return nibbles[:, ::2] | nibbles[:, 1::2] << 4, scale
 
 
 def _grouped(rows: Array) -> Array:
-    """``[r, groups, 32]``, filled up with zeros."""
+    """``[r, groups, 32]``, filled up with zeros where the last group is shorter."""
     rank, width = rows.shape
-    filled = np.zeros((rank, -(-width // GROUP) * GROUP), rows.dtype)
-    filled[:, :width] = rows
-    return filled.reshape(rank, -1, GROUP)
+    if width % GROUP:
+        filled = np.zeros((rank, width + -width % GROUP), rows.dtype)
+        filled[:, :width] = rows
+        rows = filled
+    return rows.reshape(rank, -1, GROUP)
 
 
-def _rounded(values: Array, scale: Array) -> Array:
-    # A row of zeros has the scale 0, and codes of 0.
-    with np.errstate(invalid="ignore"):
-        codes = np.rint(np.divide(values, scale, out=np.zeros_like(values), where=scale != 0))
-    return codes.astype(np.int8)
+def _rounded(values: Array, greatest: int) -> tuple[Array, Array]:
+    """Codes and scales of vectors along the last axis; takes ``values`` for its own use."""
+    scale = np.maximum(values.max(axis=-1), -values.min(axis=-1)) / np.float32(greatest)
+    # A vector of zeros has the scale 0, and codes of 0.
+    values /= np.where(scale == 0, np.float32(1), scale)[..., None]
+    return np.rint(values, out=values).astype(np.int8), scale
 
 
 def _values(codes: Array, scale: Array, quantization: str, shape: Any) -> Array:
@@ -159,9 +150,8 @@ def _values(codes: Array, scale: Array, quantization: str, shape: Any) -> Array:
     width = math.prod(shape[1:])
     if scale.shape != (len(codes), -(-width // GROUP)):
         raise ValueError(f"expected scales {(len(codes), -(-width // GROUP))} for {shape}; they are {scale.shape}")
-    pairs = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(len(codes), -1)[:, :width]
-    signed = (pairs ^ 8).astype(np.float32) - 8
-    return (_grouped(signed) * scale[:, :, None]).reshape(len(codes), -1)[:, :width].reshape(shape)
+    groups = _grouped(_PAIRS[codes].reshape(len(codes), -1)[:, :width])
+    return (groups * scale[:, :, None]).reshape(len(codes), -1)[:, :width].reshape(shape)
 
 
 def _shape(told: Any, codes: Array) -> tuple[int, ...]:

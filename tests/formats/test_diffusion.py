@@ -8,8 +8,8 @@ import pytest
 
 import adapterx as ax
 from adapterx.adapter import MAGNITUDE, SHIFT
-from adapterx.formats import load_adapter, save_adapter
 from adapterx.flattened import diffusers_spelling
+from adapterx.formats import load_adapter, save_adapter
 from tests.formats.files import safetensors_of
 
 ATTENTION = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
