@@ -30,12 +30,14 @@ class Place:
         x: what it reads: features, pictures, or the ids of an embedding
         op: the base operation
         rank: dimensions of ``base``; 2 where nothing tells (a mask then enters as it is)
+        call: how often the module was called before, in this graph; each call has nodes of its own
     """
 
     base: ir.Value
     x: ir.Value
     op: ir.Node | None
     rank: int
+    call: int = 0
 
 
 def attached(model: ir.Model, place: Place, site: AdapterSite, ports: Ports, masks: Masks) -> list[ir.Node]:
@@ -65,6 +67,15 @@ def attached(model: ir.Model, place: Place, site: AdapterSite, ports: Ports, mas
     for node in nodes:
         output = node.outputs[0]
         output.name = output.name or f"{node.name}.out"
+    return numbered(nodes, place.call)
+
+
+def numbered(nodes: list[ir.Node], call: int) -> list[ir.Node]:
+    """Names of their own for the nodes at the second and later calls of a module."""
+    for node in nodes if call else ():
+        node.name = f"{node.name}_{call}"
+        for output in node.outputs:
+            output.name = f"{output.name}_{call}"
     return nodes
 
 
@@ -89,7 +100,7 @@ def scaled_input(model: ir.Model, place: Place, site: AdapterSite, port: ir.Valu
     nodes += [scaled, ir.node("Add", [place.x, scaled.outputs[0]], name=f"{site.name}.{INPUT_GAIN}/Add")]
     for node in nodes:
         node.outputs[0].name = f"{node.name}.out"
-    return nodes
+    return numbered(nodes, place.call)
 
 
 def _scale_input(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, masks: Masks) -> None:

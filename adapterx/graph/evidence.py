@@ -41,11 +41,13 @@ class Evidence:
         claims: who it is, in the order in which they are believed
         parts: names of its tensors, as PEFT has them (``hada_w1_a``)
         wrapped: the module that holds base and adapter is the claim, by its own nodes, not by the base's weight
+        silent: neither paths nor metadata are there that could tell otherwise
     """
 
     claims: tuple[Claim, ...]
     parts: frozenset[str]
     wrapped: bool
+    silent: bool
 
     def speaks_of(self, *starts: str) -> bool:
         """Whether a part's name starts so."""
@@ -67,7 +69,8 @@ def evidence(base: Base, join: ir.Node, nodes: Sequence[ir.Node], folding: Foldi
     claims = [*(claim for claim, _ in told), beside[0], *_by_base(base), beside[1]]
     # One carrier may speak of several parts; it is one claim all the same.
     known = tuple({id(claim.carrier): claim for claim in reversed(claims) if claim is not None}.values())[::-1]
-    return Evidence(known, frozenset(part for _, part in told), bool(told or any(beside)))
+    silent = not listed(join.metadata_props.get(NAME_SCOPES)) and not _parts(join)
+    return Evidence(known, frozenset(part for _, part in told), bool(told or any(beside)), silent)
 
 
 def _by_names(constants: Iterable[ir.Value]) -> Iterator[tuple[Claim, str]]:

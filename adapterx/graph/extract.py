@@ -215,8 +215,8 @@ def _rewrite(
     def put(site: AdapterSite, ports: Ports, masks: Masks) -> None:
         if site.name in others:
             first_other, *further = others[site.name]
-            for exported in first_other.places:
-                put_exported(model, exported, site, ports, masks, shapes=shapes)
+            for call, exported in enumerate(first_other.places):
+                put_exported(model, exported, site, ports, masks, shapes=shapes, call=call)
             for exported in (place for other in further for place in other.places):
                 bypass_exported(exported)
             return
@@ -241,7 +241,7 @@ def _kept(places: dict[str, list[Found]]) -> dict[str, Kept]:
     """Sites whose adapters are stored as codes, which stay."""
     kept = {}
     for name, (first, *others) in places.items():
-        if not is_quantized(first.branches[0]):
+        if not any(is_quantized(branch) for branch in first.branches):
             continue
         if set(first.site.ports) - set(LOW_RANK):
             raise ModelError(f"{name}: an adapter with a bias of its own cannot stay in codes; pass quantized='float'")

@@ -36,12 +36,14 @@ def find_ia3(model: ir.Model, bases: Sequence[Base]) -> list[Exported]:
         if base.kind != "embedding":
             for port, node, slot in (*_behind(base, folding), *_before(base, folding)):
                 told = evidence(base, node, _own_nodes(node, slot), folding)
-                if told.wrapped and (not told.parts or told.speaks_of("ia3_")):
+                if told.speaks_of("ia3_") or (not told.parts and (told.wrapped or told.silent)):
                     met.append((base, port, node, slot, told))
     if not met:
         return []
     places = [f"the vector at node {node.name!r}" for _, _, node, _, _ in met]
-    who = agreed([told.claims for *_, told in met], places, Paths.of(model), strict=False)
+    # The base's name alone does not make a vector an adapter's.
+    claims = [told.claims if told.wrapped else () for *_, told in met]
+    who = agreed(claims, places, Paths.of(model), strict=False)
     return [_exported(*one[:4], identity, folding) for one, identity in zip(met, who, strict=True)]
 
 

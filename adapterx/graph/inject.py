@@ -15,7 +15,7 @@ from adapterx.adapter import Adapter
 from adapterx.errors import ModelError, NoAdaptersFound, OptionError, nearest
 from adapterx.formats import load_adapter
 from adapterx.graph.apart import is_activated, take_apart
-from adapterx.graph.attach import Place, attached
+from adapterx.graph.attach import Place, attached, numbered
 from adapterx.graph.bases import Base, find_bases
 from adapterx.graph.load import ModelLike, check_model, load_model
 from adapterx.graph.plan import Plan, plan_for_adapters, plan_for_modules
@@ -194,9 +194,9 @@ def _inject(
             output, x = outputs[base.op], adapted.get(base.x, base.x)
             users = list(output.uses())
             before = [] if output is base.output else unflattening(x, output, base.d_in, site.name)
-            place = Place(output, before[-1].outputs[0] if before else x, base.op, ranks[base.op])
-            nodes = [*before, *attached(model, place, site, ports, masks)]
-            put_after(output, _numbered(nodes, call), users)
+            place = Place(output, before[-1].outputs[0] if before else x, base.op, ranks[base.op], call)
+            nodes = [*numbered(before, call), *attached(model, place, site, ports, masks)]
+            put_after(output, nodes, users)
             if nodes:
                 adapted[output] = nodes[-1].outputs[0]
 
@@ -206,15 +206,6 @@ def _inject(
 
 def _output(base: Base, shapes: Shapes) -> ir.Value:
     return folded_rows(base.output, base.d_out, shapes) if base.kind == "linear" else base.output
-
-
-def _numbered(nodes: list[ir.Node], call: int) -> list[ir.Node]:
-    """Names of their own for the nodes at the second and later calls of a module."""
-    for node in nodes if call else ():
-        node.name = f"{node.name}_{call}"
-        for output in node.outputs:
-            output.name = f"{output.name}_{call}"
-    return nodes
 
 
 def _refuse_adapted(model: ir.Model, where: str) -> None:

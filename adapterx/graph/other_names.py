@@ -75,9 +75,17 @@ def _same(change: LowRank, given: LowRank) -> bool:
         # What meets the base first has other gains, shifts and `b` in the graph; `a` it leaves alone.
         sides = ((one.parts.get(name) for one in (change, given)) for name in (*RELATIVE, PROMPT))
         pairs += [(change.b, given.b), *((one, other) for one, other in sides)]
+    if _is_folded(change, given):
+        pairs[:2] = [(change.b.T @ change.a, given.b.T @ given.a)]
     tolerance = max(TOLERANCE.get(one.dtype.name, 1e-5) for one in (change, given))
     return bool(pairs) and all(
         one is other is None
         or (one is not None and other is not None and one.shape == other.shape and close(one, other, tolerance))
         for one, other in pairs
     )
+
+
+def _is_folded(change: LowRank, given: LowRank) -> bool:
+    """The exporter has made one matrix of what the adapter has as factors."""
+    whole = change.rank == min(change.d_in, change.d_out) and not change.kernel
+    return whole and given.is_relative and change.rank != given.rank > 0

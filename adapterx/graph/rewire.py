@@ -51,9 +51,9 @@ def bypass(branch: Branch) -> None:
 
 
 def put_exported(
-    model: ir.Model, exported: Exported, site: AdapterSite, ports: Ports, masks: Masks, *, shapes: Shapes
+    model: ir.Model, exported: Exported, site: AdapterSite, ports: Ports, masks: Masks, *, shapes: Shapes, call: int = 0
 ) -> None:
-    """Let ``site``'s ports do what an exported adapter of another kind than linear LoRA did."""
+    """Let ``site``'s ports do what an exported adapter of another kind than linear LoRA did, at one call of it."""
     if exported.prompt is not None:
         _put_prompt(model, exported.prompt, ports[PROMPT])
         return
@@ -61,7 +61,7 @@ def put_exported(
     assert exported.base is not None, "only a prompt has no base"
     assert op is not None, "only a prompt has no operation"
     assert exported.x is not None, "an operation has an operand"
-    place = Place(_now(exported.base), _now(exported.x), op, shapes.rank(exported.base) or 2)
+    place = Place(_now(exported.base), _now(exported.x), op, shapes.rank(exported.base) or 2, call)
     if join is not None and INPUT_GAIN in ports:
         # It stands before the operation; the others come behind it.
         before = dataclasses.replace(place, rank=shapes.rank(exported.x) or place.rank)

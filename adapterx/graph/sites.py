@@ -19,9 +19,10 @@ from adapterx.graph.exported import Exported, Operand
 from adapterx.graph.identity import identities
 from adapterx.graph.leftovers import leftovers
 from adapterx.graph.load import ModelLike, load_model
-from adapterx.graph.match import Pair, match_to_adapter, site_of
+from adapterx.graph.match import Pair, match_to_adapter, near, site_of
 from adapterx.graph.other_kinds import Other, find_others
 from adapterx.graph.paths import Paths
+from adapterx.graph.quantized_linear import Codes
 from adapterx.graph.view import MICROSOFT, STANDARD, all_nodes, is_op
 from adapterx.graph.whole_biases import take_biases
 from adapterx.manifest import manifest_of
@@ -29,6 +30,10 @@ from adapterx.site import AdapterSite, SiteTable
 
 AdapterLike: TypeAlias = str | os.PathLike[str] | Adapter
 
+# A base has nothing that looks like these.
+_UNMISTAKABLE = frozenset({"embedding", "dora", "vera"})
+# A change that was folded into one matrix does not say what it was.
+_ALIKE = {"loha": "delta", "lokr": "delta", "lora": "delta"}
 # Operators that hold activations and weights in codes at once: what lies between two of them is no float.
 _ALL_CODES = ("QLinearMatMul", "QGemm", "QLinearConv")
 
@@ -124,7 +129,7 @@ def find(
         candidates = [branch for branch in left if _looks_like_adapter(branch)]
         left = [branch for branch in left if branch not in candidates]
         sites += [(b, site_of(b, f"structural.{i}", "", "structure")) for i, b in enumerate(candidates)]
-    unsupported = [*leftovers(model, sites, paths, others.nodes), *_nameless(others.left, sites)]
+    unsupported = [*leftovers(model, sites, paths, others.nodes), *_nameless(others.left, sites, others.found)]
     unsupported += [] if exported else _unnamed(sites, left)
     whole = take_biases(model, sites, others, exported)
     named, placed = _one_name(whole.sites, whole.others)
@@ -154,12 +159,15 @@ def _one_name(sites: list[Pair], others: Iterable[Other]) -> tuple[list[Pair], t
     return named, tuple(dataclasses.replace(o, site=dataclasses.replace(o.site, adapter=name)) for o in others)
 
 
-def _nameless(left: Iterable[Exported], sites: list[Pair]) -> list[str]:
-    """Branches of convolutions and embeddings without a name, where they can hardly be the base's own."""
+def _nameless(left: Iterable[Exported], sites: list[Pair], others: Iterable[Other]) -> list[str]:
+    """What has no name, where it can hardly be the base's own: by its structure, or because its like have names."""
+    like = {_ALIKE.get(other.site.kind, other.site.kind) for other in others}
     return [
         f"{one.place}: {one.kind} of rank {one.change.rank} that nothing names; give the exported adapter (adapter=...)"
         for one in left
-        if one.kind == "embedding" or (one.kind == "conv" and (sites or one.scale != 1.0))
+        if one.kind in _UNMISTAKABLE
+        or _ALIKE.get(one.kind, one.kind) in like
+        or (one.kind == "conv" and (sites or one.scale != 1.0))
     ]
 
 
@@ -187,6 +195,8 @@ def _grouped(
         groups[site.name, site.adapter].append((branch, site))
     found = []
     for (name, _), members in groups.items():
+        # A quantizer may take one call of a module and leave another, which then has the adapter's own numbers.
+        members.sort(key=lambda pair: isinstance(pair[0].b.weight, Codes))
         first, site = members[0]
         for branch, other in members[1:]:
             if not _same_weights(first, branch):
@@ -204,7 +214,11 @@ def _same_weights(one: Branch, other: Branch) -> bool:
     for left, right in ((one.a, other.a), (one.b, other.b)):
         if left.weight.root is right.weight.root:
             continue
-        if left.matrix().shape != right.matrix().shape or left.matrix().tobytes() != right.matrix().tobytes():
+        kinds = {isinstance(factor.weight, Codes) for factor in (left, right)}
+        exact, rounded = left.matrix(), right.matrix()
+        if exact.shape != rounded.shape:
+            return False
+        if not (near(rounded, exact) if len(kinds) > 1 else exact.tobytes() == rounded.tobytes()):
             return False
     return True
 

@@ -86,7 +86,7 @@ def _kind(one: Sum, told: Evidence, *, first: bool) -> Kind | None:
             return "dora"
         case 2 if plain and (told.speaks_of("vera_") or any(factor.ndim for factor in chain.factors)):
             return "vera"
-        case 1 if plain and told.claims and (told.wrapped or first):
+        case 1 if plain and (told.wrapped or (first and (told.claims or told.silent))):
             # The base's own name says no more than that PEFT wrapped it: then the adapter is what comes first.
             return "loha" if told.speaks_of("hada_") else "lokr" if told.speaks_of("lokr_") else "lora"
     return None
