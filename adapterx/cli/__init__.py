@@ -14,6 +14,7 @@ import typer
 from adapterx.cli.adapters import convert
 from adapterx.cli.environment import env
 from adapterx.cli.extraction import extract, sites, verify
+from adapterx.cli.injection import inject
 from adapterx.cli.merging import merge
 from adapterx.cli.report import reported
 from adapterx.cli.running import run
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (sites, extract, verify, merge, convert, run, env):
+for command in (sites, extract, inject, verify, merge, convert, run, env):
     app.command()(reported(command))
 
 

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapterx.cli.adapters import facts, in_words
-from adapterx.cli.options import Exported, Feeds, Json, Seed, Structural
+from adapterx.cli.options import (
+    DynamicRank,
+    Exported,
+    Feeds,
+    Json,
+    MakeInputs,
+    OptionalInputs,
+    PackInputs,
+    Seed,
+    Structural,
+)
 from adapterx.cli.report import finite, new_table, print_json, print_table, printable, say, size
 
 if TYPE_CHECKING:
@@ -74,25 +84,10 @@ def extract(  # noqa: PLR0913 - the options of the command, all by name
     model: Annotated[Path, typer.Argument(help="The exported model; it is not changed.")],
     output_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for the model and the adapter.")],
     *,
-    make_inputs: Annotated[
-        bool,
-        typer.Option(
-            "--make-inputs/--external",
-            help="Adapter weights become graph inputs, or initializers in a file that is given to each session.",
-        ),
-    ] = False,
-    pack_inputs: Annotated[
-        bool, typer.Option("--pack-inputs", help="One input per module type and side; needs --make-inputs.")
-    ] = False,
-    dynamic_rank: Annotated[
-        bool, typer.Option("--dynamic-rank/--fixed-rank", help="Inputs take any rank, or the exported one.")
-    ] = True,
-    optional_inputs: Annotated[
-        bool,
-        typer.Option(
-            "--optional-inputs/--required-inputs", help="Inputs that are not fed leave the base, or are an error."
-        ),
-    ] = True,
+    make_inputs: MakeInputs = False,
+    pack_inputs: PackInputs = False,
+    dynamic_rank: DynamicRank = True,
+    optional_inputs: OptionalInputs = True,
     adapter_format: Annotated[AdapterFormat, typer.Option(help="Of the adapter file.")] = AdapterFormat.safetensors,
     adapter: Exported = None,
     structural: Structural = False,
@@ -156,14 +151,18 @@ def _print_extraction(out: Extraction, suffix: str, following: str) -> None:
 
 def _files_of(out: Extraction, suffix: str) -> list[Path]:
     """Every file of an extraction: the model, its weights, the adapter, and each adapter where there are several."""
+    folder = out.model_path.parent
+    parts = [folder / f"adapter.{name}.{suffix}" for name in out.adapters] if len(out.adapters) > 1 else []
+    return [*files_of_model(out.model_path), *(path for path in (out.adapter_path, *parts) if path.exists())]
+
+
+def files_of_model(model: Path) -> list[Path]:
+    """A model and the data files that it names and that are there: in external mode one is meant to be absent."""
     from adapterx.external_data import external_tensors
     from adapterx.graph.load import read_proto
 
-    folder = out.model_path.parent
-    data = sorted({folder / tensor.location for tensor in external_tensors(read_proto(out.model_path))})
-    parts = [folder / f"adapter.{name}.{suffix}" for name in out.adapters] if len(out.adapters) > 1 else []
-    # In external mode one of the locations is a file that is meant to be absent.
-    return [path for path in (out.model_path, *data, out.adapter_path, *parts) if path.exists()]
+    data = sorted({model.parent / tensor.location for tensor in external_tensors(read_proto(model))})
+    return [path for path in (model, *data) if path.exists()]
 
 
 def verify(

@@ -22,3 +22,22 @@ Feeds: TypeAlias = Annotated[
     Path | None, typer.Option("--feeds", help="Inputs by name in an .npz file; else made from the graph.")
 ]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
+PackInputs: TypeAlias = Annotated[
+    bool, typer.Option("--pack-inputs", help="One input per module type and side; needs --make-inputs.")
+]
+DynamicRank: TypeAlias = Annotated[
+    bool, typer.Option("--dynamic-rank/--fixed-rank", help="Inputs take any rank, or a fixed one.")
+]
+OptionalInputs: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--optional-inputs/--required-inputs", help="Inputs that are not fed leave the base, or are an error."
+    ),
+]
+MakeInputs: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--make-inputs/--external",
+        help="Adapter weights become graph inputs, or initializers in a file that is given to each session.",
+    ),
+]
