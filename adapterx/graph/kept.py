@@ -49,7 +49,12 @@ def keep(branches: Sequence[Branch], site: str) -> Kept:
     b, values_b = _own(first.b, tensor_name(site, LORA_B))
     for branch in others:
         for factor, values, side in ((branch.a, values_a, LORA_A), (branch.b, values_b, LORA_B)):
-            _, again = _own(factor, tensor_name(site, side))
+            stored, again = _own(factor, tensor_name(site, side))
+            if again.keys() != values.keys():
+                raise ModelError(
+                    f"{site}: the module is called several times, and only some calls are stored as codes "
+                    f"({stored.storage} at node {factor.node.name!r}); pass quantized='float'"
+                )
             for role, value in again.items():
                 value.replace_all_uses_with(values[role])
                 _drop(value)

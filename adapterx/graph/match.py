@@ -126,12 +126,12 @@ def _same_values(branch: Branch, low_rank: LowRank) -> bool:
     tolerance = max(TOLERANCE.get(name, 1e-5) for name in (branch.a.weight.dtype.numpy().name, low_rank.dtype.name))
     a, b = branch.a.matrix().T, branch.b.matrix() * np.float32(branch.scale)
     return all(
-        _near(one, other) if isinstance(factor.weight, Codes) else close(one, other, tolerance)
+        near(one, other) if isinstance(factor.weight, Codes) else close(one, other, tolerance)
         for factor, one, other in ((branch.a, a, low_rank.a), (branch.b, b, low_rank.b))
     )
 
 
-def _near(one: np.ndarray, other: np.ndarray) -> bool:
+def near(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether ``one`` can be ``other`` as a quantizer rounded it: what is no copy differs by its whole norm."""
     left, right = one.astype(np.float32), other.astype(np.float32)
     return bool(np.linalg.norm(left - right) <= _QUANTIZED * np.linalg.norm(right))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
 from adapterx.errors import ModelError
+from adapterx.formats import load_adapter
 from adapterx.graph.extract import extract_adapters
 from adapterx.graph.sites import find_sites
 from adapterx.runtime.session import AdapterSession
 from adapterx.verify import verify_extraction
+from tests.graph.quantizers import quantized
 from tests.zoo import CASES, build
 
 STATIC_TOO = "ts_bert_int8_static_all"
@@ -79,3 +82,16 @@ def test_static_ranges_around_the_adapter_are_refused_and_on_request_kept(tmp_pa
     kept = error(session.run(None, built.feeds, adapter="b"), built.expected["b"])
     apart = error(built.expected["a"], built.expected["b"])
     assert kept < apart / 2, f"{kept} of {apart}"
+
+
+def test_a_module_of_which_a_quantizer_took_one_call_and_left_another_is_one_site(tmp_path):
+    built = build("ts_repeated")
+    model = quantized("int4", onnx.load(built.model), tmp_path / "model.onnx")
+    out = extract_adapters(model, tmp_path / "float", make_inputs=True)
+    assert sorted(out.sites.names) == sorted(row.name for row in built.truth)
+    # Where a call kept the adapter's own numbers, these are the exported ones.
+    exported = load_adapter(built.adapters["a"])
+    assert np.array_equal(out.adapter.sites["block"].a, exported.sites["block"].a)
+    assert verify_extraction(model, out.model_path, feeds=built.feeds).passed
+    with pytest.raises(ModelError, match="only some calls are stored as codes"):
+        extract_adapters(model, tmp_path / "kept", quantized="keep")
