@@ -62,6 +62,6 @@ def lowered(change: LowRank, weight: Array, bias: Array | None) -> LowRank:
     parts = {GAIN: cast((factor - 1)[None], change.dtype, GAIN)}
     before = np.zeros(len(norm), np.float32) if bias is None else wide(bias)
     after = wide(change.parts[WHOLE_BIAS]).reshape(-1) if WHOLE_BIAS in change.parts else before
-    if after.any() or before.any():
+    if WHOLE_BIAS in change.parts or before.any():
         parts[SHIFT] = cast((after - factor * before)[None], change.dtype, SHIFT)
     return LowRank(a=change.a, b=cast(b * factor, change.dtype, "lora_B"), parts=parts)

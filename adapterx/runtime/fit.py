@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
 import numpy as np
 
-from adapterx.adapter import PROMPT, WHOLE_WEIGHT, Adapter, Array, LowRank
+from adapterx.adapter import INPUT_GAIN, PROMPT, WHOLE_WEIGHT, Adapter, Array, LowRank
 from adapterx.errors import MismatchError, nearest
 from adapterx.formats.onnx_adapter import model_version
 from adapterx.fused import fused_sites, joined, parts_of_fused, split
@@ -19,7 +19,7 @@ from adapterx.manifest import Manifest
 from adapterx.pipeline import for_model
 from adapterx.renaming import renaming
 from adapterx.runtime.base_tensors import BaseTensors
-from adapterx.site import AdapterSite, by_name
+from adapterx.site import LOW_RANK, AdapterSite, by_name
 
 _SHOWN = 50
 # One look for a near name compares with every site: a hostile file of 20,000 names must not take minutes.
@@ -64,10 +64,21 @@ def fit(
         adapter = Adapter({site: adapter.sites[site] for site in here}, adapter.metadata)
     lower = functools.partial(_lowered, manifest=manifest, bases=bases)
     fitting = _fitted(adapter, manifest.sites, name=name, fixed=fixed, faults=faults, lower=lower)
-    if lost := [site for site in manifest.required if site not in fitting.sites]:
-        faults = [_Fault(site, "adapter says nothing of it, and the model has no base there") for site in lost]
-        raise MismatchError(_message(name, faults, len(adapter.sites), [site.name for site in manifest.sites]))
+    table = by_name(manifest.sites)
+    if faults := [
+        _Fault(site, why) for site in manifest.required for why in _lacks(fitting.sites.get(site), table[site])
+    ]:
+        raise MismatchError(_message(name, faults, len(adapter.sites), list(table)))
     return fitting
+
+
+def _lacks(change: LowRank | None, site: AdapterSite) -> Iterator[str]:
+    """What must be given at a site that has no base in the graph; low-rank terms beside a bias may be absent."""
+    held = set() if change is None else {side for side, _ in change.tensors()}
+    needed = [port for port in site.ports if port not in LOW_RANK or site.kind == "saved"]
+    if lost := [port for port in needed if port not in held]:
+        what = "says nothing of it" if change is None else f"brings no {' and no '.join(lost)}"
+        yield f"adapter {what}, and the model has no base there"
 
 
 def _lowered(change: LowRank, site: AdapterSite, *, manifest: Manifest, bases: BaseTensors | None) -> LowRank:
@@ -246,6 +257,11 @@ def _causes(change: LowRank, parts: tuple[AdapterSite, ...], fixed: frozenset[st
         wide = f"{d_out} ({' + '.join(str(part.d_out) for part in parts)})" if len(parts) > 1 else str(d_out)
         given = f"{change.a.shape} -> {change.d_out}" if change.rank else f"{change.d_in} -> {change.d_out}"
         yield f"adapter is {given}, model is {d_in} -> {wide}" + _transposed(change, d_in, d_out)
+    else:
+        for name, part in change.parts.items():
+            wanted = d_in if name == INPUT_GAIN else d_out
+            if name != WHOLE_WEIGHT and part.shape[1] != wanted:
+                yield f"adapter's {name} is for {part.shape[1]} features, model has {wanted}"
     if change.rank and change.kernel != parts[0].kernel:
         yield f"adapter has a kernel of {change.kernel}, model of {parts[0].kernel}"
     limit = min((part.rank for part in parts if part.name in fixed), default=change.rank)
