@@ -362,3 +362,20 @@ def test_keeping_codes_of_an_adapter_that_has_none_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="none to keep"):
         extract_adapters(half, tmp_path / "out", quantized="keep")
     assert not (tmp_path / "out").exists()
+
+
+def test_operators_that_onnx_runtime_fused_around_codes_are_products_too(tmp_path):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    ort.InferenceSession(str(exported("int8_dynamic")), options)
+    out = extract_adapters(tmp_path / "fused.onnx", tmp_path / "float", make_inputs=True)
+    assert {site.op for site in out.sites} == {"MatMulIntegerToFloat"}
+    other = random_adapter(3)
+    session = AdapterSession(out.model_path, {"other": other})
+    want = run(quantized("int8_dynamic", with_adapter(other), tmp_path / "baked.onnx", exclude=LORA_NODES))
+    assert relative_error(session.run(None, {"x": X}, adapter="other")[0], want) <= FLOAT
+    kept = extract_adapters(tmp_path / "fused.onnx", tmp_path / "kept", quantized="keep")
+    own = AdapterSession(kept.model_path, {"own": kept.adapter}).run(None, {"x": X}, adapter="own")[0]
+    assert np.array_equal(own, run(tmp_path / "fused.onnx"))
