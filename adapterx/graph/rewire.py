@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from adapterx.adapter import INPUT_GAIN, PROMPT
 from adapterx.errors import ModelError
+from adapterx.graph.apart import activation_after
 from adapterx.graph.attach import Place, attached, scaled_input
 from adapterx.graph.branches import SKIP_NORMS, Branch
 from adapterx.graph.exported import Exported, Operand
@@ -179,18 +180,9 @@ def _after(join: ir.Node, total: ir.Value) -> tuple[list[ir.Node], dict[int, ir.
 
 
 def _activation(join: ir.Node, total: ir.Value) -> tuple[list[ir.Node], dict[int, ir.Value]]:
-    name = join.attributes.get_string("activation")
-    parameters = {
-        k: join.attributes.get_float(f"activation_{k}")
-        for k in ("alpha", "beta", "gamma")
-        if f"activation_{k}" in join.attributes
-    }
-    if "gamma" in parameters or name not in {"Relu", "LeakyRelu", "Tanh", "Sigmoid", "Elu", "HardSigmoid"}:
-        raise ModelError(f"node {join.name!r} fuses an adapter with activation {name!r}, which cannot be taken apart")
-    allowed = {"LeakyRelu": ("alpha",), "Elu": ("alpha",), "HardSigmoid": ("alpha", "beta")}.get(name, ())
-    attributes = {k: v for k, v in parameters.items() if k in allowed}
     total.name = f"{join.outputs[0].name}/sum"
-    node = ir.node(name, [total], attributes=attributes, name=f"{join.name}/{name}")
+    node = activation_after(join)
+    node.replace_input_with(0, total)
     return [node], {0: node.outputs[0]}
 
 
