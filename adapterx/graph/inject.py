@@ -61,8 +61,9 @@ def inject_adapters(  # noqa: PLR0913 - the options of the contract, all by name
     """Put ports for adapters into a model that never had any: exported, optimized or quantized, by any exporter.
 
     What comes out is what :func:`extract_adapters` makes of the export of an adapted model: the same ports under the
-    same names, and the same manifest. Run without an adapter it gives the very bits of ``model``. Options that both
-    functions have mean the same; inputs are the default here, since they take any rank and nothing here has one.
+    same names, and the same manifest. Run without an adapter it computes what ``model`` does, node for node: the same
+    bits, but where ONNX Runtime fuses nodes of ``model`` between which a port now lies. Options that both functions
+    have mean the same; inputs are the default here, since they take any rank and nothing here has one.
 
     Args:
         model: path, ``onnx.ModelProto`` or ``onnx_ir.Model``; never changed. External data is linked or copied file by
