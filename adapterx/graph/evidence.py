@@ -120,11 +120,15 @@ def _by_node_path(base: Base, join: ir.Node, nodes: Sequence[ir.Node]) -> Claim 
     """TorchScript: the join is in ``<module>``, the base in ``<module>/base_layer``, DoRA in ``<module>/<adapter>``."""
     parts, inner = _parts(join), _parts(base.op)
     depth = base_layer_depth(inner)
-    if not depth or parts[:depth] != inner[:depth] or len(parts) <= depth or base_layer_depth(parts):
+    if not depth:
         return None
-    paths = [path for node in nodes if (path := _parts(node))[:depth] == parts[:depth]]
+    # Called again, `fc` is `fc_1`, and what it wraps is `fc/base_layer_1`.
+    outer = [*inner[: depth - 1], inner[depth - 1] + inner[depth].removeprefix("base_layer")]
+    if parts[:depth] != outer or len(parts) <= depth or base_layer_depth(parts):
+        return None
+    paths = [path for node in nodes if (path := _parts(node))[:depth] == outer]
     deeper = {path[depth] for path in paths if len(path) > depth + 1}
-    return Claim("node_path", "/".join(parts[:depth]), deeper.pop() if len(deeper) == 1 else "", join)
+    return Claim("node_path", "/".join(inner[:depth]), deeper.pop() if len(deeper) == 1 else "", join)
 
 
 def _parts(node: ir.Node) -> list[str]:

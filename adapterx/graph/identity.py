@@ -76,7 +76,9 @@ def _identity(
                 f"{place} is {name!r} by its {_words(believed)} but {other!r} by its "
                 f"{_words(claim)}; a tool renamed one and not the other. Export again, or give the exported adapter"
             )
-    adapter = next((claim.adapter for claim in own if claim.adapter), "")
+    # A module that is called twice shares the tensors that tell its adapter's name.
+    told = (claim for claim in (*own, *claims) if claim.adapter and _agree(name, paths.canonical(claim.module)))
+    adapter = next((claim.adapter for claim in told), "")
     return Identity(believed.module, adapter, believed.source)
 
 

@@ -20,7 +20,7 @@ from adapterx.graph.identity import identities
 from adapterx.graph.leftovers import leftovers
 from adapterx.graph.load import ModelLike, load_model
 from adapterx.graph.match import Pair, match_to_adapter, near, site_of
-from adapterx.graph.other_kinds import Other, find_others
+from adapterx.graph.other_kinds import Other, find_others, other_of
 from adapterx.graph.paths import Paths
 from adapterx.graph.quantized_linear import Codes
 from adapterx.graph.view import MICROSOFT, STANDARD, all_nodes, is_op
@@ -156,7 +156,11 @@ def _one_name(sites: list[Pair], others: Iterable[Other]) -> tuple[list[Pair], t
         return sites, others
     name = names.pop()
     named = [(branch, dataclasses.replace(site, adapter=name)) for branch, site in sites]
-    return named, tuple(dataclasses.replace(o, site=dataclasses.replace(o.site, adapter=name)) for o in others)
+    together: dict[str, list[Exported]] = defaultdict(list)
+    for other in others:
+        together[other.site.name] += other.places
+    renamed = (other_of(site, places) for site, places in together.items())
+    return named, tuple(dataclasses.replace(o, site=dataclasses.replace(o.site, adapter=name)) for o in renamed)
 
 
 def _nameless(left: Iterable[Exported], sites: list[Pair], others: Iterable[Other]) -> list[str]:
