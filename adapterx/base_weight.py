@@ -14,7 +14,7 @@ import numpy as np
 
 from adapterx.adapter import Array
 from adapterx.errors import ModelError
-from adapterx.grid import Grid, around, between
+from adapterx.grid import Grid, around, between, nearest_codes
 from adapterx.packed_codes import repacked, unpacked
 
 Form = Literal["in_out", "out_in", "conv", "embedding"]
@@ -313,10 +313,7 @@ def _requantized(ref: BaseWeight, values: Array, tensor: Tensors, keep_grid: boo
     fresh = present if keep_grid else _fresh(ref, groups, present, old_codes, tensor)
     # The codes are chosen for the scale as it is stored, not as it was computed.
     fresh = dataclasses.replace(fresh, scale=fresh.scale.astype(stored_scale.dtype).astype(np.float32))
-    kept, new = present.codes(groups), fresh.codes(groups)
-    np.copyto(kept, old_codes, where=present.scale == 0)
-    keep = present.error(groups, kept) <= fresh.error(groups, new)
-    codes = np.where(keep, kept, new)
+    codes, keep = nearest_codes(groups, present, old_codes, fresh)
     scale = np.where(keep, present.scale, fresh.scale)
     zero = np.where(keep, present.zero, fresh.zero)
     result = {

@@ -7,10 +7,15 @@ point, ``[m, blocks, 1, n]``. Blocked, per-axis and per-tensor quantization are 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from adapterx.adapter import Array
+
+# Elements of one group that are worked on at once: a weight of one group must not be in memory five times.
+_AT_ONCE = 1 << 21
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +36,10 @@ class Grid:
 
     def values(self, codes: Array) -> Array:
         """What ``codes`` stand for."""
-        return np.asarray((codes.astype(np.float32) - self.zero) * self.scale)
+        values = codes.astype(np.float32)
+        values -= self.zero
+        values *= self.scale
+        return values
 
     def codes(self, values: Array) -> Array:
         """The nearest codes, as float32. Where the scale is zero, the zero point."""
@@ -47,6 +55,35 @@ class Grid:
         difference = self.values(codes)
         difference -= values
         return np.asarray(np.square(difference, out=difference).sum(axis=2, keepdims=True))
+
+
+def nearest_codes(values: Array, present: Grid, codes: Array, other: Grid) -> tuple[Array, Array]:
+    """The codes of each group on the one of two grids that the numbers fit better.
+
+    Args:
+        values: ``[m, blocks, block, n]``
+        present: the grid that they lie on now, which is kept when it is no worse
+        codes: what they have there; stays where the scale is zero
+        other: another grid
+
+    Returns:
+        Codes in the type of ``codes``, and for each group, ``[m, blocks, 1, n]``, whether the present grid is kept.
+    """
+    steps = range(0, values.shape[2], max(1, _AT_ONCE * values.shape[2] // values.size))
+    parts = [np.s_[:, :, first : first + steps.step] for first in steps]
+    keep = np.asarray(_error(present, values, parts) <= _error(other, values, parts))
+    result = np.empty_like(codes)
+    for part in parts:
+        kept = np.where(present.scale == 0, codes[part], present.codes(values[part]))
+        result[part] = np.where(keep, kept, other.codes(values[part]))
+    return result, keep
+
+
+def _error(grid: Grid, values: Array, parts: Sequence[Any]) -> Array:
+    total = np.zeros(grid.scale.shape, np.float32)
+    for part in parts:
+        total += grid.error(values[part], grid.codes(values[part]))
+    return total
 
 
 def around(values: Array, zero: Array, *, low: int, high: int, signed_largest: bool) -> Array:

@@ -74,13 +74,18 @@ class Merger:
         if self.gain is not None:
             total = total * (1 + self.gain[columns])
         if len(self.a):
-            delta = self.a[:, rows].T @ self.b[:, columns]
+            delta = self._delta(total, rows, columns)
             # In place, in the memory that the product took anyway.
             total = np.add(delta, total, out=delta)
         return total
 
+    def _delta(self, beside: Array, rows: slice, columns: slice) -> Array:
+        """``a.T @ b``, in the order of what it is added to: a sum across two orders is several times slower."""
+        a, b = self.a[:, rows], self.b[:, columns]
+        return a.T @ b if beside.flags.c_contiguous else (b.T @ a).T
+
     def _before(self, block: Array, rows: slice, columns: slice) -> Array:
-        total = block - self.a[:, rows].T @ self.b[:, columns] if len(self.a) else block
+        total = block - self._delta(block, rows, columns) if len(self.a) else block
         if self.gain is not None:
             total = total / (1 + self.gain[columns])
         return total if self.input_gain is None else total / (1 + self.input_gain[rows, None])

@@ -33,12 +33,19 @@ class Loss:
         return math.sqrt(self.change_squares / max(1, self.count))
 
     def add(self, before: Array, wanted: Array, stored: Array) -> None:
-        """Count some more numbers."""
-        difference, change = (stored - wanted).reshape(-1), (wanted - before).reshape(-1)
-        self.count += difference.size
-        self.squares += float(np.dot(difference, difference))
-        self.change_squares += float(np.dot(change, change))
-        self.largest = max(self.largest, float(np.abs(difference).max(initial=0)))
+        """Count some more numbers; ``before`` and ``stored`` are overwritten."""
+        stored -= wanted
+        before -= wanted
+        self.count += wanted.size
+        self.squares += _squares(stored)
+        self.change_squares += _squares(before)
+        self.largest = max(self.largest, float(stored.max(initial=0)), -float(stored.min(initial=0)))
+
+
+def _squares(array: Array) -> float:
+    # In the order of memory: flattening a turned weight by rows would copy it.
+    flat = array.ravel(order="K")
+    return float(np.dot(flat, flat))
 
 
 def merged_rows(
