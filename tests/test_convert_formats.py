@@ -105,6 +105,8 @@ def test_a_file_for_a_pipeline_runs_in_the_model_that_it_has_changes_for(tmp_pat
     np.testing.assert_allclose(
         output(model, tmp_path / "pipeline.safetensors", case.feeds), case.expected["c"][0], **CLOSE
     )
+    base_output = output(case.base_model, tmp_path / "pipeline.safetensors", case.feeds)
+    np.testing.assert_allclose(base_output, case.expected["c"][0], **CLOSE)
     again = ax.convert_adapter(tmp_path / "pipeline.safetensors", model, tmp_path / "c.npz", component="unet")
     assert again == written
     with pytest.raises(ax.MismatchError, match="no such site"):

@@ -27,6 +27,7 @@ from adapterx.graph.fingerprint import fingerprint_of
 from adapterx.graph.targets import Modules, aliases
 from adapterx.kinds import shaped
 from adapterx.manifest import SiteBase
+from adapterx.pipeline import for_model
 from adapterx.renaming import renaming
 from adapterx.site import LOW_RANK, PORTS, VECTORS, AdapterSite, Kind
 
@@ -203,6 +204,8 @@ class _Aims:
     @classmethod
     def of(cls, adapter: Adapter, modules: Modules) -> _Aims:
         known = {name: (name,) for name in modules} | aliases(modules)
+        shapes = {name: (bases[0].d_in, bases[0].d_out) for name, bases in modules.items()}
+        adapter = for_model(adapter, {**dict.fromkeys(known), **shapes})
         rename = renaming(adapter.sites, known)
         needs: dict[str, _Need] = {}
         absent, faults, naming = dict[str, str](), list[str](), _Naming()
