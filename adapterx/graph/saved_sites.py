@@ -100,14 +100,16 @@ def _told(base: Base, adapters: Collection[str], wrapped: Collection[tuple[str, 
     roots = [value for value in (constant_behind(weight), base.bias) if value is not None]
     alone = [value for value in roots if len(value.uses()) == 1]
     yield from _by_tensors(alone)
-    for scope in listed(base.op.metadata_props.get(NAME_SCOPES)):
+    scopes = listed(base.op.metadata_props.get(NAME_SCOPES))
+    for scope in scopes:
         if (found := _SCOPE.match(scope)) is not None:
             yield Identity(found["module"] + found["inner"], found["adapter"], "name_scopes")
     parts = path_parts(base.op.name or "")[:-1]
     depth = next((i for i, part in enumerate(parts) if i and _NUMBER.sub("", part) in adapters), 0)
     if depth and tuple(parts[:depth]) not in wrapped:
         yield Identity("/".join((*parts[:depth], *parts[depth + 1 :])), _NUMBER.sub("", parts[depth]), "node_path")
-    yield from _by_tensors(roots)
+    if not scopes and not parts:
+        yield from _by_tensors(roots)
 
 
 def _by_tensors(values: Sequence[ir.Value]) -> Iterator[Identity]:

@@ -255,7 +255,7 @@ def _causes(change: LowRank, parts: tuple[AdapterSite, ...], fixed: frozenset[st
     # What a site of vectors only does not tell cannot be wrong.
     if any(given and given != wanted for given, wanted in zip(widths, (d_in, d_out), strict=True)):
         wide = f"{d_out} ({' + '.join(str(part.d_out) for part in parts)})" if len(parts) > 1 else str(d_out)
-        given = f"{change.a.shape} -> {change.d_out}" if change.rank else f"{change.d_in} -> {change.d_out}"
+        given = f"{change.a.shape} -> {change.d_out}" if change.rank else f"{widths[0]} -> {widths[1]}"
         yield f"adapter is {given}, model is {d_in} -> {wide}" + _transposed(change, d_in, d_out)
     else:
         for name, part in change.parts.items():
