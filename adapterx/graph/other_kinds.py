@@ -61,8 +61,12 @@ class Others:
 
     @property
     def nodes(self) -> frozenset[ir.Node]:
-        """All nodes that belong to adapters of other kinds than linear LoRA, with the operations that they adapt."""
-        places = [*self.left, *(place for other in self.found for place in other.places)]
+        """All nodes that belong to adapters of other kinds than linear LoRA, with the operations that they adapt.
+
+        A nameless vector claims nothing: in a graph without metadata every norm looks like (IA)3.
+        """
+        shaped = (place for place in self.left if place.kind != "ia3")
+        places = [*shaped, *(place for other in self.found for place in other.places)]
         ops = {place.op for place in places if place.op is not None}
         return frozenset(ops.union(*(place.nodes for place in places)))
 
