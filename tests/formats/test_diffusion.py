@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import adapterx as ax
 from adapterx.adapter import MAGNITUDE, SHIFT
@@ -230,3 +231,18 @@ def test_a_site_that_no_pipeline_has_is_refused_with_what_to_do(tmp_path: Path, 
     with pytest.raises(ax.FormatError, match=r"unet\.x: .*shift"):
         save_adapter(ax.Adapter({"unet.x": ax.LowRank.of_parts({SHIFT: normal(1, 5)})}), tmp_path / "a", format=format)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_diffusers_file_tells_what_peft_has_to_know_of_each_model(tmp_path: Path) -> None:
+    import peft
+    from peft.utils.other import get_pattern_key
+
+    save_adapter(pipeline(), tmp_path / "a.safetensors", format="diffusers")
+    with safe_open(tmp_path / "a.safetensors", "np") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    unet = {key.removeprefix("unet."): value for key, value in told.items() if key.startswith("unet.")}
+    config = peft.LoraConfig(**unet)
+    for site, rank in {PATH: 2, "conv_in": 3}.items():
+        for patterns, otherwise in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)):
+            assert patterns.get(get_pattern_key(patterns, site), otherwise) == rank
+    assert told["text_encoder.r"] == told["text_encoder.lora_alpha"] == 4
