@@ -127,7 +127,7 @@ def read_weight(ref: BaseWeight, tensor: Tensors) -> Array:
     """
     if ref.storage == "float":
         stored = tensor(ref.tensors[WEIGHT])
-        values = stored.astype(np.float64 if stored.dtype == np.float64 else np.float32)
+        values = stored.astype(np.float64 if stored.dtype == np.float64 else np.float32, copy=False)
     elif ref.storage == "affine":
         values = _ungrouped(ref, _grid(ref, tensor).values(_grouped(ref, _codes(ref, tensor))))
     else:
@@ -162,7 +162,7 @@ def written(ref: BaseWeight, weight: Array, tensor: Tensors, *, keep_grid: bool 
     if ref.storage == "float":
         present = tensor(ref.tensors[WEIGHT])
         with np.errstate(over="ignore"):
-            return {ref.tensors[WEIGHT]: values.reshape(present.shape).astype(present.dtype)}
+            return {ref.tensors[WEIGHT]: values.reshape(present.shape).astype(present.dtype, copy=False)}
     if ref.storage != "affine":
         raise ModelError(f"{ref.tensors[WEIGHT]}: a weight in {ref.storage} can be read but not written")
     return _requantized(ref, values, tensor, keep_grid)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from adapterx.adapter import PROMPT, WHOLE_BIAS, WHOLE_WEIGHT, Adapter, Array, LowRank
+from adapterx.ahead import ahead
 from adapterx.atomic import Buffer
 from adapterx.base_weight import WEIGHT, BaseWeight, Form, read_weight
 from adapterx.errors import FormatError, MismatchError, OptionError, nearest
@@ -307,7 +308,7 @@ def _merged_pieces(base: Checkpoint, ref: BaseWeight, done: Merger | None) -> Ca
             raise MismatchError(f"{name}: {fault}. Nothing was written.") from None
 
     def pieces() -> Iterator[Buffer]:
-        for rows in row_blocks(ref, {WEIGHT: nbytes}):
-            yield piece(rows).reshape(-1).view(np.uint8).data
+        for array in ahead(piece, row_blocks(ref, {WEIGHT: nbytes})):
+            yield array.reshape(-1).view(np.uint8).data
 
     return pieces

@@ -35,6 +35,7 @@ BOTTOM = frozenset(
         "pipeline",
         "merge_table",
         "weight_rows",
+        "ahead",
     }
 )
 # The algebra of adapters lies beside their kinds: it knows no file, graph or runtime.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from adapterx.adapter import Array
+from adapterx.ahead import ahead
 from adapterx.atomic import copy_around
 from adapterx.base_weight import WEIGHT
 from adapterx.errors import ModelError
@@ -118,24 +121,28 @@ def _hold(target: ir.Value, source: ir.TensorProtocol, content: bytearray) -> No
         target.const_value = ir.Tensor(array.reshape(shape), source.dtype, name=target.name)
 
 
-_Read = Callable[[str, slice], memoryview | bytes]
+_Read = Callable[[str, slice], memoryview]
 _Write = Callable[[str, slice, Array], None]
 
 
 def _merge(edit: Edit, read: _Read, write: _Write) -> MergeRow:
-    """Read and write one weight block by block; names are those of ``edit.ref``."""
+    """Read and write one weight block by block; names are those of ``edit.ref``. Reading is in another thread."""
     roles = {name: role for role, name in edit.ref.tensors.items()}
     nbytes = {role: edit.sources[name].nbytes for name, role in roles.items()}
     loss = Loss() if edit.ref.quantized else None
-    for rows in row_blocks(edit.ref, nbytes):
+
+    def merged(rows: slice) -> dict[str, tuple[slice, Array]]:
         spans = {name: row_span(edit.ref, role, nbytes[role], rows) for name, role in roles.items()}
         held = {name: np.frombuffer(read(name, span), _dtype(edit, name)) for name, span in spans.items()}
-        try:
-            merged = merged_rows(edit.ref, rows, edit.merger, held.__getitem__, keep_grid=edit.keep_grid, loss=loss)
-        except ValueError as fault:
-            raise ModelError(f"{edit.site}: {fault}") from None
-        for name, content in merged.items():
-            write(name, spans[name], content)
+        result = merged_rows(edit.ref, rows, edit.merger, held.__getitem__, keep_grid=edit.keep_grid, loss=loss)
+        return {name: (spans[name], content) for name, content in result.items()}
+
+    try:
+        for block in ahead(merged, row_blocks(edit.ref, nbytes)):
+            for name, (span, content) in block.items():
+                write(name, span, content)
+    except ValueError as fault:
+        raise ModelError(f"{edit.site}: {fault}") from None
     return _row(edit, loss)
 
 
@@ -203,14 +210,24 @@ def _rewrite(model: ir.Model, edits: Sequence[Edit], file: _Copy, advance: Calla
     return rows
 
 
-def _into(edit: Edit, room: _Room, origin: BinaryIO, copy: BinaryIO, advance: Callable[[int], object]) -> MergeRow:
-    originals = {name: bytes(content) for name, content in room.held.items()}
+def _into(edit: Edit, room: _Room, origin: FileIO, copy: BinaryIO, advance: Callable[[int], object]) -> MergeRow:
+    originals = {name: memoryview(bytes(content)) for name, content in room.held.items()}
+    buffers: dict[str, memoryview] = {}
 
-    def read(name: str, span: slice) -> bytes:
+    def read(name: str, span: slice) -> memoryview:
         if name in originals:
             return originals[name][span]
+        size = span.stop - span.start
+        # What came of a block is in arrays of its own when the next one is read. The first is the largest.
+        buffer = buffers.setdefault(name, memoryview(bytearray(size)))[:size]
         origin.seek(_offset(edit.sources[name]) + span.start)
-        return origin.read(span.stop - span.start)
+        done = 0
+        while done < size:
+            got = origin.readinto(buffer[done:])
+            if not got:
+                raise OSError(errno.EIO, "the file became shorter while it was read", str(origin.name))
+            done += got
+        return buffer
 
     def write(name: str, span: slice, content: Array) -> None:
         raw = content.reshape(-1).view(np.uint8).data
