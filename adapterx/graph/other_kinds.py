@@ -88,7 +88,9 @@ def find_others(model: ir.Model, paths: Paths, adapter: Adapter | None = None) -
     for name, exported in own:
         groups[name, exported.adapter].append(exported)
     found = tuple(other_of(name, members) for (name, _), members in groups.items())
-    return Others(found, tuple(left), bases)
+    # Of two matrices that are added, either can be the base of the other.
+    joins = {exported.join for _, exported in own if exported.join is not None}
+    return Others(found, tuple(one for one in left if one.join not in joins), bases)
 
 
 def other_of(name: str, members: Sequence[Exported]) -> Other:

@@ -86,6 +86,6 @@ def _same(change: LowRank, given: LowRank) -> bool:
 
 
 def _is_folded(change: LowRank, given: LowRank) -> bool:
-    """The exporter has made one matrix of what the adapter has as factors."""
+    """The exporter has made one matrix of what the adapter has as factors of some other form."""
     whole = change.rank == min(change.d_in, change.d_out) and not change.kernel
-    return whole and given.is_relative and change.rank != given.rank > 0
+    return whole and given.is_relative and given.rank > 0

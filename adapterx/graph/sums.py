@@ -101,8 +101,8 @@ def find_sums(base: Base, folding: Folding) -> list[Sum]:
 
 def _sum(base: Base, value: ir.Value, folding: Folding) -> Sum | None:
     for seen, node, slot in _joins(value):
-        read = _Reader(base, value, folding)
-        terms = read.terms(node, slot)
+        read = _Reader(base, value, node, folding)
+        terms = read.terms(slot)
         if terms is None:
             continue
         chains = [read.chain(term.value, term.factor) for term in terms if term.value not in (None, value)]
@@ -129,7 +129,11 @@ def _joins(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node, int]]:
 def _adds(node: ir.Node, slot: int) -> bool:
     if is_op(node, *SKIP_NORMS, domain=(MICROSOFT,)):
         return slot < 2
-    return is_op(node, "Add") or (is_op(node, "Gemm") and slot == 2 and attribute(node, "beta", 1.0) == 1.0)
+    return is_op(node, "Add") or (_is_gemm(node) and slot == 2 and attribute(node, "beta", 1.0) == 1.0)
+
+
+def _is_gemm(node: ir.Node) -> bool:
+    return is_op(node, "Gemm") or is_op(node, "FusedGemm", domain=(MICROSOFT,))
 
 
 def between(join: ir.Node, ends: Collection[ir.Value]) -> tuple[ir.Node, ...]:
@@ -148,14 +152,15 @@ def between(join: ir.Node, ends: Collection[ir.Value]) -> tuple[ir.Node, ...]:
 class _Reader:
     """Reads values that lead up to one base."""
 
-    def __init__(self, base: Base, value: ir.Value, folding: Folding) -> None:
-        self._base, self._value, self._folding = base, value, folding
+    def __init__(self, base: Base, value: ir.Value, join: ir.Node, folding: Folding) -> None:
+        self._value, self._join, self._folding = value, join, folding
         self._x = source(base.x)
 
-    def terms(self, join: ir.Node, slot: int) -> list[_Term] | None:
-        """What ``join`` adds up; ``None`` where that is too much to be an adapter."""
+    def terms(self, slot: int) -> list[_Term] | None:
+        """What the join adds up; ``None`` where that is too much to be an adapter."""
+        join = self._join
         operands = [value for value in join.inputs[: 2 if slot < 2 else 3] if value is not None]
-        if is_op(join, "Gemm"):
+        if _is_gemm(join):
             return [_Term(_ONE, self._value), _Term(_ONE, join.outputs[0])]
         found: list[_Term] = []
         for operand in operands:
@@ -243,7 +248,12 @@ class _Reader:
         """The matrix that ``value`` is a product with, and the other operand."""
         for one in _product_nodes(value):
             found = any_linear(one)
-            if found is not None and found.output is value and self._adds_the_base(found.addend):
+            if (
+                found is not None
+                and found.output is value
+                and self._adds_the_base(found.addend)
+                and self._is_linear(one)
+            ):
                 return Matrix(one, one.inputs[1], functools.partial(_stored, found), found.weight.dtype), found.x
         node = value.producer()
         if node is None or not is_op(node, "MatMul", "Gemm") or attribute(node, "transA", 0):
@@ -254,6 +264,10 @@ class _Reader:
         array = functools.partial(self._computed, node, weight)
         matrix = Matrix(node, weight, array, self._folding.dtype(weight))
         return (matrix, x) if self._adds_the_base(*rest) else None
+
+    def _is_linear(self, node: ir.Node) -> bool:
+        """Nothing is on top of the product, but where all comes together: what is there comes after it."""
+        return node is self._join or "activation" not in node.attributes
 
     def _computed(self, node: ir.Node, weight: ir.Value) -> Array:
         array = self._folding.array(weight)

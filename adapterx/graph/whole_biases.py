@@ -50,6 +50,7 @@ def take_biases(model: ir.Model, sites: Sequence[Pair], others: Others, adapter:
         ModelError: one that is no linear layer's or convolution's, or that an optimizer moved into another operation.
     """
     pairs, rest, trained = list(sites), {other.site.name: other for other in others.found}, {}
+    made: dict[str, Other] = {}
     lost = []
     for name, change in ({} if adapter is None else adapter.sites).items():
         if WHOLE_BIAS not in change.parts or (name in rest and rest[name].site.kind == "saved"):
@@ -64,13 +65,14 @@ def take_biases(model: ir.Model, sites: Sequence[Pair], others: Others, adapter:
             trained[name] = operands
         else:
             changed = [_changed(rest.get(name), base, operand) for base, operand in zip(places, operands, strict=True)]
-            rest[name] = other_of(name, changed)
+            made[name] = other_of(name, changed)
     if lost:
         raise ModelError(
             f"the adapter has biases of its own at {', '.join(lost)}, which are not added to a linear layer or a "
             'convolution in this graph; export without optimizations, or train with bias="none"'
         )
-    return WholeBiases(pairs, tuple(rest.values()), trained)
+    kept = [other for other in others.found if other.site.name not in made]
+    return WholeBiases(pairs, (*kept, *made.values()), trained)
 
 
 def _places(name: str, pairs: Sequence[Pair], other: Other | None, bases: Sequence[Base]) -> list[Base]:
