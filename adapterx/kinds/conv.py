@@ -27,7 +27,9 @@ def read(tensors: Mapping[str, Array], scale: Scale) -> LowRank:
         raise ValueError(f"its {missing[0]} is missing; the file has {', '.join(sorted(tensors))}")
     a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
     rank, per_group = len(a), b.shape[1] if b.ndim > 1 else 0
-    if a.ndim != b.ndim or b[0, 0].size != 1 or not per_group or rank % per_group:
+    groups = rank // per_group if per_group else 0
+    fits = a.ndim == b.ndim and np.prod(b.shape[2:]) == 1
+    if not (fits and groups and rank == groups * per_group and len(b) % groups == 0):
         raise ValueError(f"expected [r, c_in, *kernel] and [c_out, r, 1, ...]; got {a.shape} and {b.shape}")
     factor = scale(rank)
     parts = {}
