@@ -25,12 +25,15 @@ from adapterx.site import PORTS, NameSource
 
 Name: TypeAlias = tuple[str, NameSource]
 
-_UNNAMED: Name = ("", "structure")
+REWRITTEN_BY = "pkg.onnxscript.rewriter.rule_name"
+UNNAMED: Name = ("", "structure")
 # The genai builder puts an operator before `weight`; quantizers and mergers of graphs put words of theirs behind.
 _PARAMETER = re.compile(r"^(?P<module>.+?)(?:\.(?:MatMul|Add|Gemm|Conv|Gather))?\.(?:weight|bias|qweight)(?:_\w+)?$")
 _OPERATOR = re.compile(r"(?:MatMul|Gemm|Conv|Gather|Add|Transpose|Reshape|Cast|Mul)(?:_\w+)?|\w*Fusion")
 _WRAPPED = re.compile(r"[./]base_layer(?:_\d+)?$")
 _ADAPTERS = re.compile(r"\.(?:lora_(?:A|B|embedding_A|embedding_B|down|up)|hada_w|lokr_w|oft_|vera_lambda)")
+# ONNX Runtime's names for weights that a normalization or a product behind them was multiplied into.
+_FUSED = re.compile(r"(?:ConvBn|ConvMul|MatMulBn)Fusion_[A-Z]+_(?:B_)?|MatMulBnFusion_Gemm[BC]_")
 _NUMBER = re.compile(r"_\d+(?=\.|$)")
 # Output heads that share their weight with an embedding, so that an exporter may keep their name for both.
 _HEADS = frozenset({"lm_head", "embed_out", "output_projection"})
@@ -95,6 +98,27 @@ def is_adapters(candidate: Candidate) -> bool:
     names = [str(name) for v in values for name in (v.name, *listed(v.metadata_props.get(FOLDED_FROM)))]
     names += listed(candidate.node.metadata_props.get(NAME_SCOPES))
     return any(_ADAPTERS.search(name) for name in names)
+
+
+def folded_into(candidate: Candidate, paths: Paths) -> str:
+    """The module whose weight the operation has, multiplied with a normalization that stood behind it; else ``""``.
+
+    ``norm(W x)`` became ``W' x``. What an adapter adds would have to be multiplied, too, and the factors are lost.
+    """
+    node, weight, bias = candidate.node, candidate.operation.root.name or "", candidate.bias
+    added = "" if bias is None else bias.name or ""
+    rule = str(node.metadata_props.get(REWRITTEN_BY, ""))
+    # TorchScript's exporter folds both into new tensors; what it only turns or casts, it leaves the bias of.
+    renamed = candidate.operation.kind == "conv" and added and not _PARAMETER.match(added)
+    if not (
+        "BatchNorm" in rule
+        or _FUSED.match(weight)
+        or added == f"{weight}_bias"
+        or (renamed and not _PARAMETER.match(weight))
+    ):
+        return ""
+    first = next((_canonical(claim, paths).module for claim in claims_on(candidate)), "")
+    return _FUSED.sub("", first) or weight
 
 
 def claims_on(candidate: Candidate) -> Iterator[_Claim]:
@@ -165,7 +189,7 @@ def _doubtful(candidates: Sequence[Candidate], claims: list[list[_Claim]]) -> se
 def _believed(claims: list[_Claim], doubtful: set[int]) -> Name:
     sure = [claim for claim in claims if id(claim) not in doubtful]
     if not claims or any(not _agree(one.module, other.module) for one in sure for other in sure):
-        return _UNNAMED
+        return UNNAMED
     winner = (sure or claims)[0]
     best = next(claim for claim in claims if _agree(claim.module, winner.module))
     return best.module, best.source
@@ -201,7 +225,7 @@ def _told_apart(candidates: Sequence[Candidate], names: list[Name]) -> list[Name
             owned = bool(owners) and _same_weight([candidates[i].operation for i in owners])
             for i in members:
                 if not owned or i not in owners:
-                    apart[i] = _UNNAMED
+                    apart[i] = UNNAMED
     return apart
 
 
@@ -223,6 +247,8 @@ def _by_port(candidate: Candidate, sites: Collection[str]) -> Name | None:
     if not sites:
         return None
     above = candidate.operation.x.producer()
+    while above is not None and is_op(above, *SAME_VALUE) and above.inputs[0] is not None:
+        above = above.inputs[0].producer()
     if above is not None and is_op(above, "Add"):
         scaled = [product for value in above.inputs if value is not None and is_op(product := value.producer(), "Mul")]
         found = next((site for node in scaled if node and (site := _port(node.inputs, sites))), None)

@@ -7,7 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from adapterx.base_weight import BaseWeight
-from adapterx.graph.base_names import Candidate, is_adapters, named
+from adapterx.graph.base_names import UNNAMED, Candidate, Name, folded_into, is_adapters, named
 from adapterx.graph.branches import find_branches
 from adapterx.graph.claims import claims_of
 from adapterx.graph.operations import ANY, Kind, Operation, constant_behind, operation
@@ -42,6 +42,8 @@ class Base:
         dtype: numpy name of the type in which adapters are fed: that of ``x``, of ``output`` for an embedding
         bias: the constant that is part of ``output``, or ``None``
         weight: how the float weight is stored, ``None`` where it cannot be read
+        folded: the module's path, where a normalization behind it was folded into the weight; it has no ``name`` then,
+            since what an adapter of the module adds would have to be normalized, too
         pure: ``output`` is the product and the bias, nothing on top. A fused operation gives an activation, or a sum
             with something else, and has to be taken apart before anything can be added
     """
@@ -58,6 +60,7 @@ class Base:
     dtype: str
     bias: ir.Value | None
     weight: BaseWeight | None
+    folded: str = ""
     pure: bool = True
 
 
@@ -83,14 +86,19 @@ def find_bases(model: ir.Model, paths: Paths | None = None) -> list[Base]:
     found = [(candidate, result) for candidate, result in found if not is_adapters(candidate)]
     manifest = manifest_of(model.metadata_props, where="the model")
     sites = frozenset() if manifest is None else frozenset(manifest.sites.names)
-    names = named([candidate for candidate, _ in found], paths or Paths.of(model), sites)
-    return [_base(one, result, name) for (one, result), name in zip(found, names, strict=True)]
+    paths = paths or Paths.of(model)
+    names = named([candidate for candidate, _ in found], paths, sites)
+    # Where there is a port already, whoever put it there knew.
+    folded = [
+        "" if name in sites else folded_into(one, paths) for (one, _), (name, _) in zip(found, names, strict=True)
+    ]
+    return [_base(*one, name, was) for one, name, was in zip(found, names, folded, strict=True)]
 
 
-def _base(candidate: Candidate, result: _Result, name: tuple[str, NameSource]) -> Base:
+def _base(candidate: Candidate, result: _Result, name: Name, folded: str) -> Base:
     step = candidate.operation
     return Base(
-        *name,
+        *(UNNAMED if folded else name),
         kind=step.kind,
         op=candidate.node,
         x=result.x,
@@ -101,6 +109,7 @@ def _base(candidate: Candidate, result: _Result, name: tuple[str, NameSource]) -
         dtype=result.dtype,
         bias=result.bias,
         weight=base_weight_of(candidate.node),
+        folded=folded,
         pure=step.pure,
     )
 

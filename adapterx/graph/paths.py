@@ -51,12 +51,15 @@ class Paths:
         """Read them off ``model``."""
         dotted = list(_dotted_names(model))
         plain = [name.split(".") for name in dotted if _PEFT_ROOT not in name]
+        paths = [path_parts(node.name or "")[:-1] for node in all_nodes(model)]
+        if len({tuple(name[:-1]) for name in plain}) == 1:
+            # One module alone shares all of its name with itself.
+            plain += [parts for parts in paths if parts]
         wrapper = _common_wrapper(plain, _CHECKPOINT_ROOTS | {"model"})
         bare = cls(wrapper, (), frozenset(), genai=_from_genai(model))
         modules = frozenset(module for name in dotted for module in _ancestors(bare.canonical(name)))
         named = dataclasses.replace(bare, modules=modules)
-        paths = (path_parts(node.name or "") for node in all_nodes(model))
-        nodes = [named._unrepeated(parts[:-1]) for parts in paths if len(parts) > 1]
+        nodes = [named._unrepeated(parts) for parts in paths if parts]
         return dataclasses.replace(named, node_wrapper=named._node_wrapper(nodes))
 
     def _node_wrapper(self, nodes: list[list[str]]) -> tuple[str, ...]:

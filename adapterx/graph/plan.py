@@ -24,7 +24,7 @@ from adapterx.graph.apart import is_activated
 from adapterx.graph.base_names import absorbed_bias
 from adapterx.graph.bases import Base
 from adapterx.graph.fingerprint import fingerprint_of
-from adapterx.graph.targets import Modules, aliases
+from adapterx.graph.targets import FOLDED, Modules
 from adapterx.kinds import shaped
 from adapterx.manifest import SiteBase
 from adapterx.pipeline import for_model
@@ -95,13 +95,13 @@ def plan_for_modules(modules: Modules, names: Iterable[str], *, kinds: Collectio
     """
     planned, faults = [], []
     for name in names:
-        base = modules[name][0]
+        base = modules.named[name][0]
         ports = frozenset[str]().union(*(_ports_of_kind(kind, base) for kind in kinds))
         cause = _cannot(base, ports)
         if cause:
             faults.append(f"{name}: {cause}")
         only = next(iter(kinds)) if len(kinds) == 1 else "lora"
-        planned.append(_planned(name, modules[name], kind=only, ports=ports, rank=rank))
+        planned.append(_planned(name, modules.named[name], kind=only, ports=ports, rank=rank))
     if faults:
         raise MismatchError("\n  ".join(["modules that cannot take such adapters:", *faults[:_SHOWN]]))
     return Plan(tuple(planned))
@@ -133,16 +133,16 @@ def plan_for_adapters(modules: Modules, adapters: Mapping[str, Adapter], *, wher
             elsewhere += [site for site in aims.absent if site not in elsewhere]
         else:
             lost = list(aims.absent.items())
-            faults += [f"{site}: no such module{nearest(target, modules)}" for site, target in lost[:_SHOWN]]
+            faults += [f"{site}: {_absent(target, modules)}" for site, target in lost[:_SHOWN]]
         faults += _other_base(adapter, aims, modules)
         if faults:
-            raise MismatchError(_message(label, faults, adapter, where))
+            raise MismatchError(_message(label, faults, adapter, where=where, note=modules.about_unnamed()))
         for name, need in aims.needs.items():
             needs[name] = need.with_other(needs.get(name))
     assert named is not None, "there is an adapter"
     planned = [
         _planned(named.site(name), bases, kind=needs[name].kind, ports=needs[name].ports, rank=needs[name].rank)
-        for name, bases in modules.items()
+        for name, bases in modules.named.items()
         if name in needs
     ]
     told = {name for adapter in adapters.values() if (name := adapter.metadata.get("base_model", ""))}
@@ -203,8 +203,8 @@ class _Aims:
 
     @classmethod
     def of(cls, adapter: Adapter, modules: Modules) -> _Aims:
-        known = {name: (name,) for name in modules} | aliases(modules)
-        shapes = {name: (bases[0].d_in, bases[0].d_out) for name, bases in modules.items()}
+        known = {name: (name,) for name in modules.named} | modules.aliases
+        shapes = {name: (bases[0].d_in, bases[0].d_out) for name, bases in modules.named.items()}
         adapter = for_model(adapter, {**dict.fromkeys(known), **shapes})
         rename = renaming(adapter.sites, known)
         needs: dict[str, _Need] = {}
@@ -220,17 +220,17 @@ class _Aims:
                 continue
             naming = naming or _Naming.of(given, target)
             names = known[target]
-            if target not in modules and len(names) == 1:
+            if target not in modules.named and len(names) == 1:
                 parts[names[0]][target.rpartition(".")[2]] = change
                 continue
-            bases = [modules[name][0] for name in names]
+            bases = [modules.named[name][0] for name in names]
             causes = _causes(change, bases, adapter.metadata)
             faults += [f"{given}: {cause}" for cause in causes]
             needs |= (
                 {} if causes else {n: _need(change, b, adapter.metadata) for n, b in zip(names, bases, strict=True)}
             )
         for whole, members in parts.items():
-            base = modules[whole][0]
+            base = modules.named[whole][0]
             cut = {name: _shaped(change, base, adapter.metadata) for name, change in members.items()}
             try:
                 change = joined(cut, whole.rpartition(".")[2], base.d_out)
@@ -338,20 +338,26 @@ def _other_base(adapter: Adapter, aims: _Aims, modules: Modules) -> Iterator[str
     told = adapter.metadata.get("base_fingerprint", "")
     if not told or aims.absent or aims.faults:
         return
-    met = fingerprint_of((aims.naming.site(n), modules[n][0].op) for n in aims.needs if modules[n][0].kind == "linear")
+    met = fingerprint_of(
+        (aims.naming.site(n), modules.named[n][0].op) for n in aims.needs if modules.named[n][0].kind == "linear"
+    )
     if met and met != told:
         yield f"base: adapter was taken from a model with fingerprint {told[:16]}, these weights have {met[:16]}"
 
 
-def _message(label: str, faults: Sequence[str], adapter: Adapter, where: str) -> str:
-    head = f"adapter {label!r} does not fit {where} at {len(faults)} of {len(adapter.sites)} sites:"
-    more = [f"  and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-    return "\n".join(
-        [
-            head,
-            *(f"  {fault}" for fault in faults[:_SHOWN]),
-            *more,
-            "Take an adapter that was trained on this base. For one file of a set (encoder, decoder), partial=True "
-            "leaves the sites of the others to them.",
-        ]
-    )
+def _absent(target: str, modules: Modules) -> str:
+    if target in modules.folded:
+        return f"the module has {FOLDED}"
+    return f"no such module{nearest(target, modules.named)}"
+
+
+def _message(label: str, faults: Sequence[str], adapter: Adapter, *, where: str, note: str) -> str:
+    lines = [
+        f"adapter {label!r} does not fit {where} at {len(faults)} of {len(adapter.sites)} sites:",
+        *(f"  {fault}" for fault in faults[:_SHOWN]),
+        f"  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else "",
+        note,
+        "Take an adapter that was trained on this base. For one file of a set (encoder, decoder), partial=True "
+        "leaves the sites of the others to them.",
+    ]
+    return "\n".join(line for line in lines if line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, TypeAlias
@@ -13,18 +14,48 @@ from adapterx.graph.view import SAME_ROWS, SAME_VALUE, is_op
 
 Target: TypeAlias = str | re.Pattern[str]
 Targets: TypeAlias = Target | Iterable[Target]
-Modules: TypeAlias = Mapping[str, tuple[Base, ...]]
 
 ALL_LINEAR: Final = "all-linear"
 # What may lie between the layer that makes the logits and the output: none of it has weights.
 _AFTER_HEAD = (*SAME_VALUE, *SAME_ROWS, "Slice", "Gather", "Mul", "Div", "Tanh", "Softmax", "LogSoftmax", "Sigmoid")
 _HEADS = frozenset({"lm_head", "embed_out"})
 _OF_PATTERNS = re.compile(r"[\\*+?|^$()\[\]]")
+FOLDED: Final = (
+    "a normalization folded into its weight, which what an adapter adds would have to go through, too; export without "
+    "that folding (optimize=False, or training=TrainingMode.PRESERVE)"
+)
 _SHOWN = 20
 
 
-def modules_of(bases: Sequence[Base], where: str) -> dict[str, tuple[Base, ...]]:
-    """Bases by the name of their module, which has several when it is called several times.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Modules:
+    """The modules of a model that adapters can act on.
+
+    Args:
+        named: bases by the name of their module, which has several when it is called several times
+        folded: modules whose weight has a normalization folded in
+        unnamed: how many more base operations there are
+    """
+
+    named: Mapping[str, tuple[Base, ...]]
+    folded: frozenset[str] = frozenset()
+    unnamed: int = 0
+
+    @property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Other names that stand for modules: a fused layer for its parts, a part for the layer it was fused in."""
+        parts = {part: (whole,) for part, whole in parts_of_fused(self.named).items()}
+        return {**parts, **fused_sites({name: name for name in self.named})}
+
+    def about_unnamed(self) -> str:
+        """A sentence on what has no name, or ``""``."""
+        if not self.unnamed:
+            return ""
+        return f"{self.unnamed} more base operations have no name: a tool deleted what the exporter wrote"
+
+
+def modules_of(bases: Sequence[Base], where: str) -> Modules:
+    """Bases by module.
 
     Raises:
         ModelError: there is no base operation, or nothing names a single one.
@@ -33,8 +64,9 @@ def modules_of(bases: Sequence[Base], where: str) -> dict[str, tuple[Base, ...]]
     for base in bases:
         if base.name:
             found[base.name] = (*found.get(base.name, ()), base)
-    if found:
-        return found
+    folded = frozenset(base.folded for base in bases if base.folded)
+    if found or folded:
+        return Modules(found, folded, sum(not (base.name or base.folded) for base in bases))
     if not bases:
         raise ModelError(
             f"{where} has no linear layer, convolution or embedding with constant weights: nothing that an adapter can "
@@ -64,7 +96,7 @@ def targeted(modules: Modules, targets: Targets, *, where: str) -> list[str]:
         OptionError: no targets, or something that is neither a string nor a compiled regular expression.
 
     Example:
-        >>> targeted({"h.0.attn": (), "h.0.mlp": (), "h.1.attn": ()}, ["attn"], where="a model")
+        >>> targeted(Modules({"h.0.attn": (), "h.0.mlp": (), "h.1.attn": ()}), ["attn"], where="a model")
         ['h.0.attn', 'h.1.attn']
     """
     given = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
@@ -80,31 +112,22 @@ def targeted(modules: Modules, targets: Targets, *, where: str) -> list[str]:
         if not meant:
             faults.append(f"  {_spelled(target)}{_hint(target, modules)}")
     if faults:
-        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in modules})[:_SHOWN])
-        raise ModelError(
-            "\n".join(
-                [
-                    f"no module of {where} is meant by",
-                    *faults[:_SHOWN],
-                    f"It has {len(modules)} named modules that adapters can act on, whose names end in: {kinds}",
-                ]
-            )
-        )
-    return [name for name in modules if name in found]
-
-
-def aliases(modules: Modules) -> dict[str, tuple[str, ...]]:
-    """Names that stand for modules under other names: fused layers for their parts, parts for the fused layer."""
-    names = {name: name for name in modules}
-    parts = {part: (whole,) for part, whole in parts_of_fused(names).items()}
-    return {**parts, **fused_sites(names)}
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in modules.named})[:_SHOWN])
+        lines = [
+            f"no module of {where} is meant by",
+            *faults[:_SHOWN],
+            f"It has {len(modules.named)} named modules that adapters can act on, whose names end in: {kinds}",
+            modules.about_unnamed(),
+        ]
+        raise ModelError("\n".join(line for line in lines if line))
+    return [name for name in modules.named if name in found]
 
 
 def _matched(modules: Modules, target: Target) -> set[str]:
-    found = {name for name in modules if _means(target, name)}
+    found = {name for name in modules.named if _means(target, name)}
     if found:
         return found
-    return {name for alias, names in aliases(modules).items() if _means(target, alias) for name in names}
+    return {name for alias, names in modules.aliases.items() if _means(target, alias) for name in names}
 
 
 def _means(target: Target, name: str) -> bool:
@@ -118,16 +141,19 @@ def _spelled(target: Target) -> str:
 
 
 def _hint(target: Target, modules: Modules) -> str:
+    folded = next((name for name in sorted(modules.folded) if _means(target, name)), None)
+    if folded is not None:
+        return f": {folded} has {FOLDED}"
     if not isinstance(target, str):
         return ""
     if _OF_PATTERNS.search(target):
         return "; a regular expression has to be compiled: re.compile(...)"
-    ends = {".".join(name.split(".")[-target.count(".") - 1 :]) for name in modules}
-    return nearest(target, ends) or nearest(target, modules)
+    ends = {".".join(name.split(".")[-target.count(".") - 1 :]) for name in modules.named}
+    return nearest(target, ends) or nearest(target, modules.named)
 
 
 def _linear_names(modules: Modules) -> set[str]:
-    linear = {name: bases for name, bases in modules.items() if bases[0].kind == "linear"}
+    linear = {name: bases for name, bases in modules.named.items() if bases[0].kind == "linear"}
     return {name for name, bases in linear.items() if not any(is_head(base) for base in bases)}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from adapterx.graph.base_names import REWRITTEN_BY
 from adapterx.graph.bases import find_bases
+from adapterx.graph.extract import extract_adapters
 from adapterx.graph.load import load_model
 from tests.graph.base_models import (
     CONVOLUTIONS,
@@ -238,6 +240,67 @@ def test_factors_of_adapters_that_the_graph_holds_are_no_bases():
     assert names(body, tensors, names=named) == [Q]
     # A bottleneck that the model has by itself is three linear layers.
     assert names(body, tensors, names={"w": "fc.weight", "a": "down.weight", "v": "up.weight"}) == ["fc", "down", "up"]
+
+
+RULE = "FuseBatchNormIntoConv, RemoveOptionalBiasFromConv"
+
+
+@pytest.mark.parametrize(
+    ("named", "rule"),
+    [
+        # TorchScript folds both into new tensors, dynamo keeps the weight's name, ONNX Runtime puts words before it.
+        ({"w": "onnx::Conv_47", "c": "onnx::Conv_48", "y": "/stem/conv/Conv"}, ""),
+        ({"w": "stem.conv.weight", "c": "stem.conv.weight_bias"}, ""),
+        ({"w": "stem.conv.weight", "c": "stem.conv.bias"}, RULE),
+        ({"w": "ConvBnFusion_W_stem.conv.weight", "c": "ConvBnFusion_BN_B_stem.bn.bias"}, ""),
+    ],
+)
+def test_a_weight_with_a_normalization_folded_in_is_no_longer_its_modules(named, rule):
+    tensors = {"w": floats(D_OUT, 6, 3, 3), "c": C, "g": floats(3), "h": floats(3)}
+    around = {"g": "stem.bn2.weight", "h": "fc.weight"}
+    body = "y = Conv(x, w, c)\nz = Relu(y)"
+    loaded = model(body, tensors, inputs=PICTURES, outputs="float z", names={**named, **around, "z": "/act/Relu"})
+    node, _ = loaded.graph
+    node.metadata_props[REWRITTEN_BY] = rule
+    [base] = find_bases(loaded)
+    assert (base.name, base.folded) == ("", "stem.conv")
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"w": "stem.conv.weight", "c": "stem.conv.bias"},
+        {"w": "onnx::Conv_47", "c": "stem.conv.bias", "y": "/stem/conv/Conv"},
+        {"w": "stem.conv.weight_quantized", "c": "stem.conv.bias_quantized"},
+    ],
+)
+def test_a_weight_that_was_only_turned_cast_or_quantized_still_is(named):
+    around = {"g": "stem.bn2.weight", "h": "fc.weight"}
+    tensors = {"w": floats(D_OUT, 6, 3, 3), "c": C, "g": floats(3), "h": floats(3)}
+    base = only_base("y = Conv(x, w, c)", tensors, inputs=PICTURES, names={**named, **around})
+    assert (base.name, base.folded) == ("stem.conv", "")
+
+
+def test_in_a_model_of_ours_the_ports_tell_the_names(tmp_path):
+    """Also those that only the exported adapter could tell."""
+    built = build("dy_llama_stripped")
+    out = extract_adapters(built.model, tmp_path, make_inputs=True, adapter=built.adapters["a"])
+    bases = {base.name: (base.d_in, base.d_out) for base in find_bases(load_model(out.model_path))}
+    assert {site.name: (site.d_in, site.d_out) for site in built.truth}.items() <= bases.items()
+
+
+@pytest.mark.parametrize("name", ["ts_ia3", "ts_dora", "ts_conv", "ts_embedding", "dy_bias"])
+def test_ports_of_every_kind_tell_the_names(name, tmp_path):
+    built = build(name)
+    out = extract_adapters(built.model, tmp_path, make_inputs=True, adapter=built.adapters["a"])
+    loaded = load_model(out.model_path)
+    for value in list(loaded.graph.initializers.values()):
+        if ".weight" not in value.name or not value.is_graph_input():
+            value.name = f"anonymous.{id(value)}"
+    for node in loaded.graph:
+        node.metadata_props.clear()
+        node.name = ""
+    assert set(out.sites.names) <= {base.name for base in find_bases(loaded)}
 
 
 # -- Real exports -----------------------------------------------------------------------------------------------------

@@ -393,6 +393,16 @@ def test_a_model_that_has_ports_or_an_adapter_already_is_refused(tmp_path):
             targets="fc1")  # fmt: skip
 
 
+def test_a_convolution_with_a_normalization_folded_in_is_refused(tmp_path):
+    """The adapter was trained in front of the normalization: what it adds would come out unscaled, silently."""
+    names = {"w": "stem.conv.weight", "c": "stem.conv.weight_bias"}
+    tensors = {"w": floats(D_OUT, 6, 3, 3), "c": C}
+    model = proto("y = Conv(x, w, c)", tensors, inputs=PICTURES, outputs="float[n,24,h,w] y", names=names)
+    change = Adapter({"stem.conv": LowRank(a=floats(2, 6, 3, 3), b=floats(2, D_OUT))})
+    refused(MismatchError, "stem.conv: the module has a normalization folded", tmp_path, model=model, adapter=change)
+    refused(ModelError, "'conv': stem.conv has a normalization folded", tmp_path, model=model, targets="conv")
+
+
 def test_a_base_without_names_is_refused_with_what_to_do(tmp_path):
     model = proto("y = MatMul(x, w)", {"w": W})
     refused(ModelError, "nothing names the 1 base operations", tmp_path, model=model, targets="all-linear")

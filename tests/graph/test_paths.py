@@ -99,6 +99,12 @@ def test_a_node_path_leads_to_the_checkpoints_module(weights, nodes, spelled, ca
     assert Paths.of(model(weights, nodes)).canonical(spelled) == canonical
 
 
+def test_the_only_module_that_kept_a_name_shares_no_more_of_it_with_the_others_than_nodes_do():
+    nodes = ("/m/stem/conv/Conv", "/m/classifier/classifier.1/Gemm")
+    assert Paths.of(model(("m.classifier.1.weight", "m.classifier.1.bias"), nodes)).wrapper == ("m",)
+    assert Paths.of(model(("m.classifier.1.weight",))).canonical("m.classifier.1") == "m.classifier.1"
+
+
 def test_most_nodes_decide_where_the_module_tree_begins():
     """``model`` repeats: /model/model/layers.0 is the wrapper's model and the checkpoint's, not two of one."""
     stray = "/a/m/model/model/layers.0/self_attn/Extra"

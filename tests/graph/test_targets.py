@@ -10,15 +10,14 @@ import pytest
 from adapterx.errors import ModelError, OptionError
 from adapterx.graph.bases import find_bases
 from adapterx.graph.load import load_model
-from adapterx.graph.targets import ALL_LINEAR, aliases, modules_of, targeted
+from adapterx.graph.targets import ALL_LINEAR, Modules, modules_of, targeted
 from tests.graph.base_models import IDS, W, floats, model
 from tests.zoo import build
 
 LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
-MODULES = dict.fromkeys(
-    ["model.embed_tokens", *(f"model.layers.{i}.{name}" for i in (0, 1, 10) for name in LAYER), "lm_head"], ()
-)
-FUSED = dict.fromkeys(["h.0.attn.qkv_proj", "h.0.mlp.gate_up_proj", "h.0.mlp.down_proj"], ())
+NAMES = ["model.embed_tokens", *(f"model.layers.{i}.{name}" for i in (0, 1, 10) for name in LAYER), "lm_head"]
+MODULES = Modules(dict.fromkeys(NAMES, ()))
+FUSED = Modules(dict.fromkeys(["h.0.attn.qkv_proj", "h.0.mlp.gate_up_proj", "h.0.mlp.down_proj"], ()))
 
 
 def meant(targets, modules=None):
@@ -60,7 +59,7 @@ def test_the_name_of_a_part_means_the_layer_that_it_was_fused_into(target, found
 
 def test_the_name_of_a_fused_layer_means_its_parts():
     assert meant("layers.1.self_attn.qkv_proj") == [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
-    assert "model.layers.1.mlp.gate_up_proj" not in aliases(MODULES), "there is no up_proj"
+    assert "model.layers.1.mlp.gate_up_proj" not in MODULES.aliases, "there is no up_proj"
 
 
 def test_targets_that_mean_nothing_are_told_at_once_with_the_nearest_names():
@@ -95,7 +94,7 @@ def test_all_linear_is_every_linear_layer_but_the_one_that_makes_the_logits():
     found = modules_of(
         find_bases(model(body, tensors, inputs="int64[n,t] i", outputs="float logits", names=named)), "m"
     )
-    assert list(found) == ["embed", "fc", "score"]
+    assert list(found.named) == ["embed", "fc", "score"]
     assert meant(ALL_LINEAR, found) == ["fc"]
     assert meant([ALL_LINEAR, "embed"], found) == ["embed", "fc"]
     # The same layer is no head when something else is done with what it gives.
@@ -119,6 +118,12 @@ def test_all_linear_of_real_exports(case, kinds):
     modules = modules_of(find_bases(load_model(build(case).base_model)), case)
     found = targeted(modules, ALL_LINEAR, where=case)
     assert {name.rpartition(".")[2] for name in found} == kinds
+
+
+def test_what_lost_its_name_or_its_own_weight_is_spoken_of():
+    modules = Modules(MODULES.named, frozenset({"stem.conv1"}), unnamed=3)
+    with pytest.raises(ModelError, match=r"'conv1': stem\.conv1 has a normalization folded(.|\n)*\n3 more .* no name"):
+        meant("conv1", modules)
 
 
 def test_a_model_that_nothing_names_is_refused_with_what_to_do():
