@@ -301,5 +301,6 @@ def _place(members: Sequence[Found | Other]) -> AdapterSite:
 
 def base_fingerprint(finding: Finding) -> str:
     """:func:`adapterx.graph.fingerprint.fingerprint_of` what was found."""
-    others = [(other.site.name, other.places[0].op) for other in finding.others]
+    # A weight that was trained in full is the adapter's.
+    others = [(other.site.name, other.places[0].op) for other in finding.others if other.site.kind != "saved"]
     return fingerprint_of([*((found.site.name, found.branches[0].base_op) for found in finding.found), *others])

@@ -98,6 +98,17 @@ def test_an_embedding_may_be_trained_in_full(tmp_path):
         AdapterSession(out.model_path, adapters={"narrow": narrow})
 
 
+def test_exports_of_one_base_with_two_heads_take_each_others_adapters(tmp_path):
+    body, names, scopes = HEADS["by the weight's name"]
+    outs = []
+    for seed in (1, 2):
+        given, _ = model(body, names, seed=seed, scopes=scopes)
+        outs.append(extract_adapters(given, tmp_path / str(seed), make_inputs=True))
+    one, other = outs
+    assert one.adapter.metadata["base_fingerprint"] == other.adapter.metadata["base_fingerprint"] != ""
+    AdapterSession(one.model_path, adapters={"other": other.adapter_path})
+
+
 def test_what_else_reads_the_weight_keeps_it(tmp_path):
     body = "r = MatMul(h, k)\n q = MatMul(b, k)\n y = Add(r, q)"
     names = {"r": "/m/head/style/MatMul", "q": "/m/plain/MatMul"}
