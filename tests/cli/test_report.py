@@ -14,12 +14,14 @@ from adapterx.cli.report import new_table, print_json, print_table, printable, r
 from adapterx.errors import ModelError
 from tests.cli.conftest import Type
 
-COMMANDS = ("sites", "extract", "verify", "convert", "run", "env")
+COMMANDS = ("sites", "extract", "inject", "verify", "convert", "merge", "run", "env")
 REFUSED = (
     ("sites", "no.onnx"),
     ("extract", "no.onnx", "out"),
     ("verify", "no.onnx", "no.onnx"),
-    ("convert", "no.npz", "no.onnx", "out.npz"),
+    ("inject", "no.onnx", "out", "--target", "q_proj"),
+    ("convert", "no.onnx", "no.onnx", "out.npz"),
+    ("merge", "no.onnx", "no.onnx", "out.onnx"),
     ("run", "no.onnx"),
 )
 
@@ -32,7 +34,7 @@ def test_a_file_that_is_not_there_is_one_message_on_stderr_and_exit_code_1(
     result = run(*command)
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("error: ModelError: no.onnx")
+    assert result.stderr.startswith(("error: ModelError: no.onnx", "error: FormatError: no.onnx"))
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -43,7 +45,7 @@ def test_with_json_the_refusal_is_json_on_stdout(run: Type, command: tuple[str, 
     assert result.exit_code == 1
     assert result.stderr == ""
     told = json.loads(result.stdout)
-    assert told["error"]["type"] == "ModelError"
+    assert told["error"]["type"] in {"ModelError", "FormatError"}
     assert told["error"]["message"].startswith("no.onnx")
 
 

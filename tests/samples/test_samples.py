@@ -40,7 +40,7 @@ def quick(demo, tmp_path, monkeypatch):
 
 def test_01_extract_shows_every_site_and_finds_the_adapter_that_was_exported(tmp_path):
     text = output_of("01_extract.py", tmp_path)
-    assert text.count("  python   MatMul  ") == 21, text
+    assert text.count("  python   lora  MatMul  ") == 21, text
     assert "model.layers.2.mlp.down_proj" in text
     assert {path.name for path in tmp_path.iterdir()} == {"demo.onnx", "adapter.safetensors"}
     differs = float(text.rsplit("B differs by ", 1)[1])
