@@ -84,7 +84,7 @@ def _kind(one: Sum, told: Evidence, *, first: bool) -> Kind | None:
     match len(chain.matrices):
         case 2 if told.speaks_of("lora_magnitude_vector") or _is_normed(one.gain, chain.factors[-1]):
             return "dora"
-        case 2 if plain and (told.speaks_of("vera_") or any(factor.ndim for factor in chain.factors)):
+        case 2 if plain and (told.speaks_of("vera_") or (not told.parts and any(f.ndim for f in chain.factors))):
             return "vera"
         case 1 if plain and (told.wrapped or (first and (told.claims or told.silent))):
             # The base's own name says no more than that PEFT wrapped it: then the adapter is what comes first.
