@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
-from adapterx.ops import low_rank_add, low_rank_add_function
+from adapterx.ops import low_rank_add, low_rank_add_function, row_vector, row_vector_function
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -34,14 +34,15 @@ def test_files_and_targets_that_are_named_exist(document: Path) -> None:
     assert set(targets) <= set(known)
 
 
-def function_of_the_page() -> onnx.FunctionProto:
+def function_of_the_page(name: str = "LowRankAdd") -> onnx.FunctionProto:
     page = (ROOT / "docs" / "ops.md").read_text()
-    (text,) = re.findall(r"```\n(<domain.*?)```", page, re.DOTALL)
-    return onnx.parser.parse_function(text)
+    texts = re.findall(r"```\n(<domain.*?)```", page, re.DOTALL)
+    (function,) = [one for one in map(onnx.parser.parse_function, texts) if one.name == name]
+    return function
 
 
 def run_function(function: onnx.FunctionProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    node = onnx.helper.make_node("LowRankAdd", list(feeds), ["y"], domain="ai.adapterx")
+    node = onnx.helper.make_node(function.name, list(feeds), ["y"], domain="ai.adapterx")
     inputs = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, feeds[name].shape) for name in feeds]
     outputs = [onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("ai.adapterx", 1)]
@@ -70,3 +71,20 @@ def test_the_function_on_the_page_and_the_one_in_the_code_give_what_numpy_gives(
 def test_rank_0_gives_the_base_bit_for_bit(function) -> None:
     feeds = random_feeds(0)
     np.testing.assert_array_equal(run_function(function(), feeds), feeds["base"])
+
+
+PICKS = {"page": lambda: function_of_the_page("RowVector"), "code": lambda: ir.to_proto(row_vector_function(18))}
+
+
+@pytest.mark.parametrize("mask", [np.ones((1, 1)), np.ones((4, 1)) / 2, np.eye(4, 3), np.eye(3)[:, None]], ids=np.shape)
+@pytest.mark.parametrize("function", PICKS.values(), ids=PICKS)
+def test_each_row_picks_of_the_vectors_what_numpy_picks(function, mask) -> None:
+    feeds = {"vectors": np.random.default_rng(0).standard_normal((3, 5)), "mask": mask}
+    feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
+    np.testing.assert_allclose(run_function(function(), feeds), row_vector(*feeds.values()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", PICKS.values(), ids=PICKS)
+def test_of_no_vectors_each_row_picks_zeros(function) -> None:
+    feeds = {"vectors": np.zeros((0, 5), np.float32), "mask": np.ones((1, 1), np.float32)}
+    np.testing.assert_array_equal(run_function(function(), feeds), np.zeros((1, 5), np.float32))
