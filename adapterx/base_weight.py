@@ -54,7 +54,6 @@ class BaseWeight:
         zero: the zero point where no tensor holds any
         by_rows: codes and zero points are packed row by row, padded to whole blocks and bytes (MatMulNBits,
             GatherBlockQuantized over uint8); else as ONNX packs 4-bit tensors, without gaps
-        factor: what the operation multiplies the product with (``alpha`` of Gemm)
 
     Example:
         >>> one = BaseWeight("out_in", (3, 2), {"weight": "fc.weight"})
@@ -72,7 +71,6 @@ class BaseWeight:
     block_size: int = 0
     zero: int = 0
     by_rows: bool = False
-    factor: float = 1.0
 
     @property
     def d_in(self) -> int:
@@ -132,8 +130,6 @@ def read_weight(ref: BaseWeight, tensor: Tensors) -> Array:
         values = _ungrouped(ref, _grid(ref, tensor).values(_grouped(ref, _codes(ref, tensor))))
     else:
         values = _looked_up(ref, tensor)
-    if ref.factor != 1:
-        values = np.multiply(values, ref.factor, dtype=values.dtype)
     return _matrix(ref, values)
 
 
@@ -157,8 +153,6 @@ def written(ref: BaseWeight, weight: Array, tensor: Tensors, *, keep_grid: bool 
         ModelError: a storage that cannot be written.
     """
     values = _stored_order(ref, weight)
-    if ref.factor != 1:
-        values = np.divide(values, ref.factor, dtype=values.dtype)
     if ref.storage == "float":
         present = tensor(ref.tensors[WEIGHT])
         with np.errstate(over="ignore"):

@@ -146,8 +146,8 @@ def transposed():
 LINEAR = {
     "MatMul": lambda _: matmul(),
     "Transpose": lambda _: transposed(),
-    "Gemm": lambda _: one_node("Gemm", ["x", "W"], {"W": weight.T.copy()}, transB=1, alpha=0.5),
-    "FusedMatMul": lambda _: one_node("FusedMatMul", ["x", "W"], {"W": weight}, domain="com.microsoft", alpha=2.0),
+    "Gemm": lambda _: one_node("Gemm", ["x", "W"], {"W": weight.T.copy()}, transB=1),
+    "FusedMatMul": lambda _: one_node("FusedMatMul", ["x", "W"], {"W": weight}, domain="com.microsoft"),
     "MatMulNBits 4 symmetric": lambda _: n_bits(4, True),
     "MatMulNBits 4": lambda _: n_bits(4, False),
     "MatMulNBits 8 symmetric": lambda _: n_bits(8, True),

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import onnx_ir as ir
 
 from adapterx.adapter import GAIN, INPUT_GAIN, LORA_A, LORA_B, SHIFT
 from adapterx.errors import ModelError
+from adapterx.graph.operations import factor_of
 from adapterx.graph.ports import Masks, Ports, onnx_dtype, reshaped
 from adapterx.manifest import MASK, ROW_MASK
 from adapterx.ops import DOMAIN, LOW_RANK_ADD, ROW_VECTOR, VERSION
@@ -128,8 +130,20 @@ def _vector(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, ma
 
 
 def _multiplied(_: ir.Model, place: Place, site: AdapterSite, ports: Ports, masks: Masks) -> list[ir.Node]:
-    inputs = [place.base, place.x, ports[LORA_A], ports[LORA_B], masks.form(place.rank, onnx_dtype(site))]
-    return [ir.node(LOW_RANK_ADD, inputs, domain=DOMAIN, version=VERSION, name=f"{site.name}/{LOW_RANK_ADD}")]
+    nodes, x = _multiplied_x(place, site)
+    inputs = [place.base, x, ports[LORA_A], ports[LORA_B], masks.form(place.rank, onnx_dtype(site))]
+    return [*nodes, ir.node(LOW_RANK_ADD, inputs, domain=DOMAIN, version=VERSION, name=f"{site.name}/{LOW_RANK_ADD}")]
+
+
+def _multiplied_x(place: Place, site: AdapterSite) -> tuple[list[ir.Node], ir.Value]:
+    """``x`` times what the base operation multiplies with besides its weight."""
+    factor = factor_of(place.op)
+    if factor == 1:
+        return [], place.x
+    tensor = ir.tensor(np.asarray(factor, onnx_dtype(site).numpy()), name=f"{site.name}.x/factor")
+    constant = ir.node("Constant", [], attributes={"value": tensor}, name=f"{site.name}.x/factor")
+    scaled = ir.node("Mul", [place.x, constant.outputs[0]], name=f"{site.name}.x/Mul")
+    return [constant, scaled], scaled.outputs[0]
 
 
 def _looked_up(_: ir.Model, place: Place, site: AdapterSite, ports: Ports, masks: Masks) -> list[ir.Node]:

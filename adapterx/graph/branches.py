@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from adapterx.graph.operations import factor_of
 from adapterx.graph.quantized_linear import any_linear
 from adapterx.graph.view import (
     MICROSOFT,
@@ -40,7 +41,8 @@ class Branch:
     Args:
         a: the factor that reads what the base operation reads
         b: the factor that reads ``a``
-        scale: product of all constant factors from ``a`` to the join, whatever operator holds them
+        scale: product of all constant factors from ``a`` to the join, whatever operator holds them, over that of the
+            base operation
         join: the node where delta and base are added
         base_slot: which input of ``join`` is the base; that of a Gemm which adds the delta as its ``C`` is its ``x``
         delta_slot: which input of ``join`` is the delta; ``None`` when ``join`` is ``b.node`` itself (a Gemm whose
@@ -132,8 +134,9 @@ def branch_between(a: Linear, b: Linear, *, inner: float, heads: set[ir.Node]) -
     join = _descend(b)
     if join is None:
         return None
-    scale = a.factor * inner * b.factor * join.factor
     base_op = _base_operation(join, source(a.x), heads)
+    # What the base multiplies with besides its weight was done to what both read.
+    scale = a.factor * inner * b.factor * join.factor / factor_of(base_op)
     calibrated = _calibrated(b.x, a.output) or (join.delta is not None and _calibrated(join.delta, b.output))
     where = (join.node, join.base_slot, join.delta_slot, join.delta)
     return Branch(a, b, scale, *where, base_op, join.reshaped, join.bias, calibrated, join.bias_scale)

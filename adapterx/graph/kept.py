@@ -102,7 +102,7 @@ def _own(factor: Linear, name: str) -> tuple[BaseWeight, Values]:
     for root in roots.values():
         _drop(root)
     names = {role: str(value.name) for role, value in values.items()}
-    return dataclasses.replace(stored, tensors=names, factor=1.0), values
+    return dataclasses.replace(stored, tensors=names), values
 
 
 def _upwards(value: ir.Value | None) -> Iterator[ir.Node]:

@@ -61,6 +61,16 @@ def operation(node: ir.Node) -> Operation | None:
     return None
 
 
+def factor_of(node: ir.Node | None) -> float:
+    """What a linear layer multiplies its product with (``alpha``); 1.0 for any other operation.
+
+    Optimizers put there what the model multiplies the layer's input with, or its output. Both are none of the layer's
+    own: its weight is what is stored, and an adapter beside it is multiplied, too.
+    """
+    products = is_op(node, "Gemm") or is_op(node, "FusedGemm", "FusedMatMul", "TransposeMatMul", domain=(MICROSOFT,))
+    return float(attribute(node, "alpha", 1.0)) if products and node is not None else 1.0
+
+
 def _product(node: ir.Node) -> Operation | None:
     """MatMul and Gemm of floats, the weight perhaps behind a DequantizeLinear."""
     gemm = is_op(node, "Gemm") or is_op(node, "FusedGemm", domain=(MICROSOFT,))

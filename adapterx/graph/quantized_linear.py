@@ -77,7 +77,7 @@ def _quantized(node: ir.Node) -> Linear | None:
     scale = constant(by_name[stored.tensors[SCALE]])
     assert scale is not None, "a base weight names constants"
     slot = _BIAS.get(node.op_type, len(node.inputs))
-    codes = Codes(by_name[stored.tensors[WEIGHT]], dataclasses.replace(stored, factor=1.0), by_name, scale.dtype)
+    codes = Codes(by_name[stored.tensors[WEIGHT]], stored, by_name, scale.dtype)
     return Linear(
         node=node,
         x=x,

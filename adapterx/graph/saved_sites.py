@@ -66,7 +66,7 @@ def _weight(base: Base) -> Array | None:
         table = constant(base.op.inputs[0])
         return None if table is None else table.numpy().T
     product = linear(base.op)
-    return None if product is None else product.matrix().T * product.matrix().dtype.type(product.factor)
+    return None if product is None else product.matrix().T
 
 
 def _exported(base: Base, who: Identity, weight: Array) -> Exported:

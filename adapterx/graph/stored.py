@@ -96,7 +96,7 @@ def _swaps_two(node: ir.Node) -> bool:
     return perm is None or list(perm.as_ints()) == [1, 0]
 
 
-def _stored(operand: ir.Value | None, form: Form, factor: float = 1.0) -> BaseWeight | None:
+def _stored(operand: ir.Value | None, form: Form) -> BaseWeight | None:
     """A float operand, or a DequantizeLinear of a constant. ``form`` is how the node sees it."""
     found = _behind(operand)
     if found is None:
@@ -110,16 +110,16 @@ def _stored(operand: ir.Value | None, form: Form, factor: float = 1.0) -> BaseWe
             return None
         form = swapped[form]
     if found.dequantize is not None:
-        return _dequantized(found.dequantize, found.root, form, factor)
-    return BaseWeight(form, shape, {WEIGHT: str(found.root.name)}, factor=factor)
+        return _dequantized(found.dequantize, found.root, form)
+    return BaseWeight(form, shape, {WEIGHT: str(found.root.name)})
 
 
-def _dequantized(node: ir.Node, root: ir.Value, form: Form, factor: float) -> BaseWeight | None:
+def _dequantized(node: ir.Node, root: ir.Value, form: Form) -> BaseWeight | None:
     """DequantizeLinear: per tensor, per axis or blocked."""
     block = int(attribute(node, "block_size", 0))
     axis = int(attribute(node, "axis", 1))
     found = _affine(form, root, [*node.inputs, None][1:3], axis=axis % len(_shape(root)))
-    return None if found is None else dataclasses.replace(found, block_size=block, factor=factor)
+    return None if found is None else dataclasses.replace(found, block_size=block)
 
 
 def _affine(form: Form, root: ir.Value, parameters: list[ir.Value | None], *, axis: int) -> BaseWeight | None:
@@ -170,7 +170,7 @@ def _linear(op: ir.Node) -> BaseWeight | None:
     if any(attribute(op, flag, 0) for flag in ("transA", "transBatchA", "transBatchB")):
         return None
     form: Form = "out_in" if attribute(op, "transB", 0) else "in_out"
-    return _stored(op.inputs[1], form, attribute(op, "alpha", 1.0))
+    return _stored(op.inputs[1], form)
 
 
 def _convolution(op: ir.Node) -> BaseWeight | None:

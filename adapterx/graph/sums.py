@@ -17,6 +17,7 @@ from adapterx.adapter import Array
 from adapterx.graph.bases import Base
 from adapterx.graph.branches import SKIP_NORMS
 from adapterx.graph.folded import Folding
+from adapterx.graph.operations import factor_of
 from adapterx.graph.quantized_linear import any_linear
 from adapterx.graph.view import MICROSOFT, SAME_ROWS, SAME_VALUE, Linear, attribute, is_op, source
 
@@ -67,7 +68,7 @@ class Sum:
         value: what ``join`` has of the base
         gain: what the base is multiplied with, scalar or ``[d_out]``
         shift: the constant that is added, scalar or ``[d_out]``
-        chains: what is added that depends on ``x``
+        chains: what is added that depends on ``x``, over the factor of the base operation
         nodes: all that lies between the base and ``join``, and what only computes constants for it
     """
 
@@ -105,7 +106,8 @@ def _sum(base: Base, value: ir.Value, folding: Folding) -> Sum | None:
         terms = read.terms(slot)
         if terms is None:
             continue
-        chains = [read.chain(term.value, term.factor) for term in terms if term.value not in (None, value)]
+        outside = np.float32(factor_of(base.op))
+        chains = [read.chain(term.value, term.factor / outside) for term in terms if term.value not in (None, value)]
         if chains and all(chain is not None for chain in chains):
             gain = sum((t.factor for t in terms if t.value is value), np.zeros((), np.float32))
             shift = sum((t.factor for t in terms if t.value is None), np.zeros((), np.float32))
