@@ -115,6 +115,9 @@ class LowRank:
                 raise MismatchError(f"{name} must be a matrix{' of one row' * (name in rows)}; got {part.shape}")
             if part.dtype != self.a.dtype:
                 raise MismatchError(f"{name} must share the dtype of a and b, {self.a.dtype}; got {part.dtype}")
+            width = self.a.shape[1] if name == INPUT_GAIN else self.b.shape[1]
+            if width and name in rows and part.shape[1] != width:
+                raise MismatchError(f"{name} must be [1, {width}] beside {self.a.shape} -> {width}; got {part.shape}")
         return {name: frozen(self.parts[name]) for name in PARTS if name in self.parts}
 
     @classmethod

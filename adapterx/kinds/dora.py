@@ -29,7 +29,8 @@ KEYS = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 def read(tensors: Mapping[str, Array], scale: Scale) -> LowRank:
     """A site of a DoRA file; arguments and errors as for :func:`adapterx.kinds.lora.read`."""
     [magnitude] = [tensors[key] for key in KEYS if key in tensors]
-    low_rank = (conv if tensors["lora_A.weight"].ndim > 2 else lora).read(tensors, scale)
+    is_conv = "lora_A.weight" in tensors and tensors["lora_A.weight"].ndim > 2
+    low_rank = (conv if is_conv else lora).read(tensors, scale)
     if SHIFT in low_rank.parts:
         raise ValueError("lora_bias together with use_dora is nothing that PEFT computes")
     if magnitude.size != low_rank.d_out:

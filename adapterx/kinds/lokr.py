@@ -43,8 +43,12 @@ def _factors(tensors: Mapping[str, Array], name: str) -> tuple[Array, Array]:
     whole = tensors.get(name)
     if whole is None:
         left, right = tensors.get(f"{name}_a"), tensors.get(f"{name}_b")
-        if left is None or right is None or left.ndim != 2 or left.shape[1] != len(right):
-            raise ValueError(f"its {name} is missing, or {name}_a and {name}_b do not share a rank")
+        if left is None or right is None:
+            raise ValueError(
+                f"its {name} is missing, and so is {name}_a or {name}_b; it has {', '.join(sorted(tensors))}"
+            )
+        if left.ndim != 2 or left.shape[1] != len(right):
+            raise ValueError(f"expected {name}_a [o, r] and {name}_b [r, i]; got {left.shape} and {right.shape}")
         return wide(left), wide(right)
     if whole.ndim < 2:
         raise ValueError(f"{name} must be a matrix; got {whole.shape}")
