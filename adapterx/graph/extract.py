@@ -80,9 +80,10 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
 ) -> Extraction:
     """Take the adapters out of an exported model.
 
-    Every site becomes one ``LowRankAdd`` node (``docs/ops.md``) that reads its weights from a port; everything else in
-    the graph keeps its names. The model carries a manifest of its sites. External data is linked or copied
-    file by file, never read.
+    Every site of plain LoRA becomes one ``LowRankAdd`` node (``docs/ops.md``) that reads its weights from a port, those
+    of other kinds a few nodes more; everything else in the graph keeps its names. A base that an adapter replaced
+    whole (a head, a prompt) is not in the graph: such sites must be fed (``Manifest.required``). The model carries a
+    manifest of its sites. External data is linked or copied file by file, never read.
 
     Args:
         model: path, ``onnx.ModelProto`` or ``onnx_ir.Model``; never changed
@@ -93,10 +94,11 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
         dynamic_rank: inputs take adapters of any rank, each site its own
         optional_inputs: an input that is not fed makes its site the base
         adapter_format: ``safetensors``, ``onnx_adapter`` or ``npz``
-        adapter: the adapter that was exported, for models that lost their names (see :func:`find_sites`), and for
-            one file of several (encoder, decoder): its sites that this file lacks are noted in the manifest
+        adapter: the adapter that was exported, for models that lost their names (see :func:`find_sites`), for those
+            whose biases were trained with it (``bias="lora_only"``), which stay in the base otherwise, and for one
+            file of several (encoder, decoder): its sites that this file lacks are noted in the manifest
         structural: take branches by structure alone, under structural names
-        partial: extract the low-rank sites of a model that also has adapter weights of other kinds, which stay
+        partial: extract what can be taken of a model that also has adapter weights that cannot, which stay
         quantized: what becomes of an adapter that was quantized with its base: ``float`` ports, of any rank, or
             ``keep``, which leaves its codes in the graph as external initializers; other adapters are then quantized
             the same way when they are loaded, and their rank is at most the exported one (not with ``make_inputs``)

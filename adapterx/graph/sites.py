@@ -58,7 +58,7 @@ class Finding:
         found: named sites with their branches, in graph order
         others: sites of other kinds than linear LoRA
         left: low-rank branches that nothing shows to be adapters
-        unsupported: what speaks of adapters but cannot be taken as low-rank linear sites, in words
+        unsupported: what speaks of adapters but cannot be taken, in words
         absent: sites of the given adapter that this graph does not hold
         base_model: what the given adapter calls its base
     """
@@ -90,7 +90,8 @@ def find_sites(model: ModelLike, *, adapter: AdapterLike | None = None, structur
     Args:
         model: path, ``onnx.ModelProto`` or ``onnx_ir.Model``; never changed. Weights in external files stay there.
         adapter: the adapter that was exported with the model (file, PEFT folder or ``Adapter``). It names the
-            branches of a graph that lost its names, by value, or by shape where only one place fits.
+            branches of a graph that lost its names, by value, or by shape where only one place fits. And it alone
+            tells which biases were trained with it (``bias="lora_only"``): in the graph they look like the base's.
         structural: take every low-rank branch that has the structure of an adapter, under a structural name,
             even when nothing shows that it is one
 
@@ -236,7 +237,7 @@ def _nothing(model: ir.Model, finding: Finding, where: str) -> str:
     likely = [branch for branch in finding.left if _looks_like_adapter(branch)]
     if finding.unsupported:
         shown = ", ".join(finding.unsupported[:5])
-        text += f". Names speak of adapters that are not low-rank linear sites: {shown}"
+        text += f". Names speak of adapters that cannot be taken: {shown}"
     if likely:
         first = likely[0]
         text += (
@@ -264,7 +265,7 @@ def refuse_partial(finding: Finding, where: str) -> None:
     if finding.unsupported:
         lines = "\n".join(f"  {line}" for line in finding.unsupported[:20])
         raise ModelError(
-            f"{where} has adapter weights that cannot be extracted as low-rank linear sites yet, so an adapter would "
-            f"only be swapped in part:\n{lines}\nPass partial=True to extract the {len(finding.found)} low-rank sites "
-            "alone; what is listed here then stays in the model."
+            f"{where} has adapter weights that cannot be extracted, so an adapter would only be swapped in part:\n"
+            f"{lines}\nPass partial=True to extract the {len(finding.sites)} sites that were found; what is listed "
+            "here then stays in the model."
         )

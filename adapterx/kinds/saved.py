@@ -7,6 +7,9 @@ In a graph: the module's own operation, with the trained weight. What the base h
 extracted model gets a weight and bias of zeros there, and the site must be fed: without an adapter there is no
 base to run. In a model that sites were put into, the base is there, and no adapter is needed.
 
+A bias trained in full is a bias like any other in a graph: no exporter says which parameters were trained. It is taken
+out only where the exported adapter is given at extraction (``extract_adapters(adapter=...)``); else it stays.
+
 The ports are those of LoRA at full rank, ``min(d_in, d_out)``, which is small for a classifier's head, and ``shift``:
 the change from the graph's weight and bias to the trained ones (:func:`lowered`). Only linear and embedding modules.
 
