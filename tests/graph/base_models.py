@@ -133,3 +133,11 @@ EMBEDDINGS = {
         "y = com.microsoft.GatherBlockQuantized<block_size=16, quantize_axis=1, bits=4>(w, x, s)",
         {"w": codes(VOCABULARY, D_OUT // 2), "s": floats(VOCABULARY, 2)}, "GatherBlockQuantized"),
 }  # fmt: skip
+
+
+def two_layers():
+    """``model.fc1`` with a bias, then ``model.fc2`` without."""
+    body = "h = MatMul(x, w)\nb = Add(h, c)\ny = MatMul(b, v)"
+    tensors = {"w": W, "c": C, "v": floats(D_OUT, 7)}
+    names = {"w": "model.fc1.weight", "v": "model.fc2.weight", "c": "model.fc1.bias"}
+    return proto(body, tensors, outputs="float[n,t,7] y", names=names)
