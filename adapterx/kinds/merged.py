@@ -18,6 +18,9 @@ from adapterx.kinds import lowered, needs_weight
 from adapterx.kinds.lora import wide
 
 ALL = slice(None)
+# OpenBLAS takes one thread for as many multiplications (interface/gemm.c), which at higher ranks are too small tiles.
+_ONE_THREAD = 1 << 18
+_LOW = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +85,7 @@ class Merger:
     def _delta(self, beside: Array, rows: slice, columns: slice) -> Array:
         """``a.T @ b``, in the order of what it is added to: a sum across two orders is several times slower."""
         a, b = self.a[:, rows], self.b[:, columns]
-        return a.T @ b if beside.flags.c_contiguous else (b.T @ a).T
+        return _product(a, b) if beside.flags.c_contiguous else _product(b, a).T
 
     def _before(self, block: Array, rows: slice, columns: slice) -> Array:
         total = block - self._delta(block, rows, columns) if len(self.a) else block
@@ -158,6 +161,27 @@ def merger(
         whole=whole,
         amount=amount,
     )
+
+
+def _product(left: Array, right: Array) -> Array:
+    """``left.T @ right`` in tiles that OpenBLAS computes without waking its other threads.
+
+    Those spin for each other, and on a machine that does other work too a merge takes ten times as long.
+    """
+    rank, height = left.shape
+    width = right.shape[1]
+    if not 0 < rank <= _LOW or left.dtype != np.float32:
+        return left.T @ right
+    out = np.empty((height, width), np.float32)
+    across = width >= height
+    step = max(1, _ONE_THREAD // (rank * (height if across else width)))
+    for first in range(0, width if across else height, step):
+        tile = slice(first, first + step)
+        if across:
+            np.matmul(left.T, right[:, tile], out=out[:, tile])
+        else:
+            np.matmul(left[:, tile].T, right, out=out[tile])
+    return out
 
 
 def _per_input(gain: Array | None, d_in: int) -> Array | None:
