@@ -10,7 +10,7 @@ import onnx_ir as ir
 from adapterx.graph.branches import Branch
 from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES, base_layer_depth, listed, path_parts
 from adapterx.graph.paths import Paths
-from adapterx.graph.view import all_nodes, is_op
+from adapterx.graph.view import all_nodes, is_fixed, is_op
 from adapterx.site import AdapterSite
 
 _MARK = re.compile(
@@ -50,8 +50,25 @@ def _marked(model: ir.Model, found: list[tuple[Branch, AdapterSite]], theirs: Co
         spoken = next((name for name in names if _MARK.search(name)), None)
         used = value.is_graph_output() or any(use.node not in theirs for use in value.uses())
         if spoken is not None and value not in taken and used:
-            marks.add(spoken + _COMPUTED * ("prompt_encoder." in spoken))
+            marks.add(spoken + _COMPUTED * ("prompt_encoder." in spoken) + _lost_norm(value))
     return sorted(marks)
+
+
+def _lost_norm(magnitude: ir.Value) -> str:
+    """What DoRA's magnitude is divided by, where that is not known before the run."""
+    norms = [use.node.inputs[1] for use in magnitude.uses() if is_op(use.node, "Div") and use.idx == 0]
+    for norm in norms:
+        queue, seen = [norm], set[ir.Value]()
+        while queue:
+            value = queue.pop()
+            if value is None or value in seen:
+                continue
+            seen.add(value)
+            node = value.producer()
+            if node is None and value.const_value is None:
+                return f": the base weight {value.name!r}, whose length it is divided by, is not in the graph"
+            queue += [] if node is None else node.inputs
+    return ""
 
 
 def _constants(model: ir.Model) -> Iterator[ir.Value]:
@@ -83,10 +100,18 @@ def _modules(node: ir.Node, adapters: set[str]) -> Iterator[tuple[str, str]]:
     """Modules that a node's path or scopes show to be PEFT's, with the words for it."""
     parts = path_parts(node.name or "")
     if depth := base_layer_depth(parts):
-        yield "/".join(parts[:depth]), "wrapped by PEFT, but not by a low-rank branch that can be taken"
+        yield "/".join(parts[:depth]), _wrapped(node)
     inner = next((i for i, part in enumerate(parts[:-1]) if i and _NUMBERED.sub("", part) in adapters), 0)
     if inner:
         yield "/".join(parts[:inner]), "trained in full (modules_to_save), or adapted in a way that is not known here"
     for scope in listed(node.metadata_props.get(NAME_SCOPES)):
         if scope.endswith(".base_layer"):
-            yield scope.removesuffix(".base_layer"), "wrapped by PEFT, but not by a low-rank branch that can be taken"
+            yield scope.removesuffix(".base_layer"), _wrapped(node)
+
+
+def _wrapped(node: ir.Node) -> str:
+    """The reason for what PEFT wrapped and no finder took."""
+    weight = node.inputs[1] if is_op(node, "MatMul", "Gemm", "Conv") else None
+    if weight is not None and not is_fixed(weight):
+        return f"wrapped by PEFT, and its base weight {weight.name!r} is not in the graph"
+    return "wrapped by PEFT, but not by an adapter that can be taken"

@@ -33,8 +33,6 @@ def read(tensors: Mapping[str, Array], scale: Scale) -> LowRank:
     low_rank = (conv if is_conv else lora).read(tensors, scale)
     if SHIFT in low_rank.parts:
         raise ValueError("lora_bias together with use_dora is nothing that PEFT computes")
-    if magnitude.size != low_rank.d_out:
-        raise ValueError(f"lora_magnitude_vector is {magnitude.shape}, lora_B gives {low_rank.d_out} features")
     parts = {MAGNITUDE: magnitude.reshape(1, -1).astype(low_rank.dtype)}
     return LowRank(a=low_rank.a, b=low_rank.b, parts=parts)
 
