@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
+from adapterx.adapter import INPUT_GAIN
 from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES, NO_MODULE, listed, path_parts
 from adapterx.graph.operations import Operation
 from adapterx.graph.paths import Paths
@@ -29,11 +30,13 @@ REWRITTEN_BY = "pkg.onnxscript.rewriter.rule_name"
 UNNAMED: Name = ("", "structure")
 # The genai builder puts an operator before `weight`; quantizers and mergers of graphs put words of theirs behind.
 _PARAMETER = re.compile(r"^(?P<module>.+?)(?:\.(?:MatMul|Add|Gemm|Conv|Gather))?\.(?:weight|bias|qweight)(?:_\w+)?$")
-_OPERATOR = re.compile(r"(?:MatMul|Gemm|Conv|Gather|Add|Transpose|Reshape|Cast|Mul)(?:_\w+)?|\w*Fusion")
+_OPERATOR = re.compile(r"(?:MatMul|Gemm|Conv|Gather|Add|Transpose|Reshape|Cast|Mul)(?:_\w+)?")
 _WRAPPED = re.compile(r"[./]base_layer(?:_\d+)?$")
 _ADAPTERS = re.compile(r"\.(?:lora_(?:A|B|embedding_A|embedding_B|down|up)|hada_w|lokr_w|oft_|vera_lambda)")
 # ONNX Runtime's names for weights that a normalization or a product behind them was multiplied into.
 _FUSED = re.compile(r"(?:ConvBn|ConvMul|MatMulBn)Fusion_[A-Z]+_(?:B_)?|MatMulBnFusion_Gemm[BC]_")
+# torch.export's word for what a normalization gives, of several results the first. A product is never called so.
+_NORMED = re.compile(r"getitem(_\d+)?")
 _NUMBER = re.compile(r"_\d+(?=\.|$)")
 # Output heads that share their weight with an embedding, so that an exporter may keep their name for both.
 _HEADS = frozenset({"lm_head", "embed_out", "output_projection"})
@@ -41,6 +44,7 @@ _HEADS = frozenset({"lm_head", "embed_out", "output_projection"})
 _TAKES_BIAS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3, "BiasGelu": 1, "FastGelu": 1}
 # What stands between a port and the node where it meets the base: operator -> the slot that leads to the port.
 _TO_PORT = {"Unsqueeze": 0, "Transpose": 0, "MatMul": 1, "Conv": 1}
+_BEHIND = tuple(port for port in PORTS if port != INPUT_GAIN)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +118,7 @@ def folded_into(candidate: Candidate, paths: Paths) -> str:
         "BatchNorm" in rule
         or _FUSED.match(weight)
         or added == f"{weight}_bias"
+        or (candidate.operation.kind != "embedding" and _NORMED.fullmatch(node.outputs[0].name or ""))
         or (renamed and not _PARAMETER.match(weight))
     ):
         return ""
@@ -192,7 +197,9 @@ def _believed(claims: list[_Claim], doubtful: set[int]) -> Name:
         return UNNAMED
     winner = (sure or claims)[0]
     best = next(claim for claim in claims if _agree(claim.module, winner.module))
-    return best.module, best.source
+    # TorchScript's paths leave out a ModuleDict; a bias that kept its name has it.
+    whole = max((claim.module for claim in sure if claim.module.endswith(f".{best.module}")), key=len, default="")
+    return whole or best.module, best.source
 
 
 def _agree(one: str, other: str) -> bool:
@@ -251,15 +258,17 @@ def _by_port(candidate: Candidate, sites: Collection[str]) -> Name | None:
         above = above.inputs[0].producer()
     if above is not None and is_op(above, "Add"):
         scaled = [product for value in above.inputs if value is not None and is_op(product := value.producer(), "Mul")]
-        found = next((site for node in scaled if node and (site := _port(node.inputs, sites))), None)
+        found = next((site for node in scaled if node and (site := _port(node.inputs, sites, (INPUT_GAIN,)))), None)
         if found is not None:
             return found, "initializer"
     output = candidate.output
     while True:
         users = [use.node for use in output.uses()]
         for node in users:
+            # What the next layer's ports read is no base of theirs.
+            ours = node.domain == DOMAIN and node.inputs[0] is output
             others = [value for value in node.inputs if value is not output]
-            found = _port(others, sites) if node.domain == DOMAIN or is_op(node, "Mul", "Add") else None
+            found = _port(others, sites, _BEHIND) if ours or is_op(node, "Mul", "Add") else None
             if found is not None:
                 return found, "initializer"
         if len(users) != 1 or not is_op(users[0], *SAME_VALUE, *SAME_ROWS):
@@ -267,15 +276,15 @@ def _by_port(candidate: Candidate, sites: Collection[str]) -> Name | None:
         output = users[0].outputs[0]
 
 
-def _port(values: Sequence[ir.Value | None], sites: Collection[str]) -> str | None:
+def _port(values: Sequence[ir.Value | None], sites: Collection[str], ports: Collection[str]) -> str | None:
     """The site of whose ports one is among ``values``, or behind what our own nodes make of it."""
     for value in values:
         site, _, port = ("" if value is None else value.name or "").removesuffix(".weight").rpartition(".")
-        if port in PORTS and site in sites:
+        if port in ports and site in sites:
             return site
         node = None if value is None else value.producer()
         if node is not None and (node.domain == DOMAIN or is_op(node, *_TO_PORT)):
-            found = _port(node.inputs[_TO_PORT.get(node.op_type, 0) :][:1], sites)
+            found = _port(node.inputs[_TO_PORT.get(node.op_type, 0) :][:1], sites, ports)
             if found is not None:
                 return found
     return None

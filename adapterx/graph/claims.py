@@ -39,7 +39,7 @@ _NUMBERED = re.compile(r"^(?P<stem>.+?)(?:_(?P<number>\d+))?$")
 _BASE_LAYER = re.compile(r"base_layer(?:_\d+)?")  # numbered when a module is called again
 # Only under PEFT's root: a model may have a child called base_layer of its own.
 BASE_TENSOR = re.compile(r"^(?P<module>.*base_model\.model\..+)\.base_layer\.(?:weight|bias)$")
-OPERATORS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Transpose", "MatMulScaleFusion"})
+OPERATORS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Transpose"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -212,8 +212,11 @@ def _parts(node: ir.Node) -> list[str]:
 
 
 def path_parts(name: str) -> list[str]:
-    """The parts of a node's path; none when the name is no path. Optimizers put words like ``fused`` before it."""
-    return [part for part in name[name.index("/") :].split("/") if part] if "/" in name else []
+    """The parts of a node's path; none when the name is no path. Optimizers put words of theirs before and behind."""
+    parts = [part for part in name[name.index("/") :].split("/") if part] if "/" in name else []
+    while parts and parts[-1].endswith("Fusion"):
+        parts.pop()
+    return parts
 
 
 def _adapter_of(a: list[str], b: list[str]) -> str | None:

@@ -25,7 +25,8 @@ _GENAI_WEIGHT = re.compile(r"\.MatMul\.q?weight(?:_\w+)?$")
 _PARAMETER = re.compile(r"^(?P<name>.+\.(?:weight|bias))(?:_\w+)?$")
 # One part in common ("model") is met by chance; two are a place in a module tree.
 _SURE = 2
-_NUMBERED_CHILD = re.compile(r"(\.\d+)+")
+# A child of a list, the second call of which has a number more.
+_NUMBERED_CHILD = re.compile(r"(\.\d+)+(_\d+)?")
 # torch.export's word for a part of a ModuleList: `model.layers.slice(None, 2, None).0`.
 _SLICE = re.compile(r"\.slice\([^()]*\)(?=\.)")
 
@@ -89,12 +90,13 @@ class Paths:
         return path.replace(".attn.", ".self_attn.") if self.genai else path
 
     def _unrepeated(self, parts: list[str]) -> list[str]:
-        """Without the parts that the next one repeats: an ``nn.Sequential`` and its child are ``net/net.0``.
+        """Single names, without the parts that the next one repeats: a Sequential and its child are ``net/net.0``.
 
         A module that holds a list of its own name looks the same and keeps both, where weights say that it is so.
         """
         following = [*parts[1:], ""]
-        return [part for part, after in zip(parts, following, strict=True) if not self._repeats(part, after)]
+        once = [part for part, after in zip(parts, following, strict=True) if not self._repeats(part, after)]
+        return [name for part in once for name in part.split(".")]
 
     def _repeats(self, part: str, after: str) -> bool:
         if not (after.startswith(part) and _NUMBERED_CHILD.fullmatch(after.removeprefix(part))):

@@ -8,6 +8,7 @@ import pytest
 from adapterx.graph.base_names import REWRITTEN_BY
 from adapterx.graph.bases import find_bases
 from adapterx.graph.extract import extract_adapters
+from adapterx.graph.inject import inject_adapters
 from adapterx.graph.load import load_model
 from tests.graph.base_models import (
     CONVOLUTIONS,
@@ -25,6 +26,7 @@ from tests.graph.base_models import (
     W,
     floats,
     model,
+    proto,
 )
 from tests.zoo import CASES, build
 
@@ -214,6 +216,9 @@ def test_a_module_that_is_called_twice_has_two_operations_of_one_name():
     square = {"w": floats(D_IN, D_IN)}
     paths = {"a": "/m/block/MatMul", "y": "/m/block_1/MatMul"}
     assert names(body, square, names=paths) == ["block", "block"]
+    # An nn.Sequential numbers its children, not itself.
+    children = {"a": "/m/net/net.0/MatMul", "b": "/m/act/Identity", "y": "/m/net/net.0_1/MatMul"}
+    assert names(body, square, names=children) == ["net.0", "net.0"]
     # Two modules of such names, with weights of their own, are two.
     body = "a = MatMul(x, w)\ny = MatMul(a, v)"
     assert names(body, {**square, "v": floats(D_IN, D_IN)}, names=paths) == ["block", "block_1"]
@@ -223,6 +228,13 @@ def test_equal_weights_that_an_exporter_merged_do_not_merge_their_modules():
     body = "a = MatMul(x, w)\ny = MatMul(a, w)"
     named = {"w": "fc1.weight", "a": "/fc1/MatMul", "y": "/fc2/MatMul"}
     assert names(body, {"w": floats(D_IN, D_IN)}, names=named) == ["fc1", "fc2"]
+
+
+def test_what_a_path_leaves_out_before_a_module_the_name_of_its_bias_has():
+    """TorchScript's paths lead through a ModuleDict without naming it."""
+    body, named = "m = MatMul(x, w)\ny = Add(m, c)", {"c": "m.parts.left.bias", "m": "/m/left/MatMul"}
+    around = {"g": floats(3)}, {"g": "m.norm.weight"}
+    assert names(body, {"w": W, "c": C, **around[0]}, names={**named, **around[1]}) == ["parts.left"]
 
 
 def test_functions_inside_one_module_are_not_that_module():
@@ -279,6 +291,27 @@ def test_a_weight_that_was_only_turned_cast_or_quantized_still_is(named):
     tensors = {"w": floats(D_OUT, 6, 3, 3), "c": C, "g": floats(3), "h": floats(3)}
     base = only_base("y = Conv(x, w, c)", tensors, inputs=PICTURES, names={**named, **around})
     assert (base.name, base.folded) == ("stem.conv", "")
+
+
+def test_what_a_normalizations_result_is_called_tells_where_metadata_is_deleted():
+    named = {"w": "stem.weight", "c": "stem.bias", "g": "head.weight"}
+    body = "getitem_3 = Gemm(x, w, c)\nh = Relu(getitem_3)\ny = Gemm(h, g)"
+    tensors = {"w": W, "c": C, "g": floats(D_OUT, 5)}
+    first, second = find_bases(model(body, tensors, inputs="float[n,32] x", names=named))
+    assert (first.name, first.folded, second.name) == ("", "stem", "head")
+
+
+def test_of_layers_that_follow_each_other_directly_each_is_told_by_ports_of_its_own(tmp_path):
+    body = "e = Gather(t, i)\nh = MatMul(e, w)\ny = MatMul(h, v)"
+    tensors = {"t": floats(VOCABULARY, D_IN), "w": W, "v": floats(D_OUT, 7)}
+    named = {"t": "embed.weight", "w": "fc1.weight", "v": "fc2.weight"}
+    made = proto(body, tensors, inputs="int64[n,k] i", outputs="float[n,k,7] y", names=named)
+    out = inject_adapters(made, tmp_path, targets=["fc1", "fc2"], kinds=["lora", "ia3"])
+    loaded = load_model(out.model_path)
+    assert [base.name for base in find_bases(loaded)] == ["embed", "fc1", "fc2"]
+    for old in named.values():
+        loaded.graph.initializers[old].name = f"anonymous.{old[:-7]}"
+    assert [base.name for base in find_bases(loaded)] == ["", "fc1", "fc2"]
 
 
 def test_in_a_model_of_ours_the_ports_tell_the_names(tmp_path):

@@ -89,6 +89,9 @@ def test_a_dotted_name_loses_what_wrapped_the_checkpoint(weights, spelled, canon
         # Nodes share the wrapper where no weight kept its name.
         ((), ("/m/fc1/MatMul", "/m/fc2/MatMul"), "m/fc1", "fc1"),
         ((), ("/encoder/a/MatMul", "/encoder/b/MatMul"), "encoder/a", "encoder.a"),
+        # The wrapper of an nn.Sequential, which the path of a child names twice; and a Sequential's second call.
+        (("m.0.weight", "m.2.weight"), ("/m/m.0/Gemm", "/m/m.4/MatMul"), "m/m.4", "4"),
+        ((), ("/m/enc/enc.0/MatMul", "/m/head/MatMul"), "m/enc/enc.0_1", "enc.0_1"),
         # An encoder that was exported alone lost its own name; the weights still have it.
         (T5_WEIGHTS, (), "block.0/layer.0/SelfAttention/q", "encoder.block.0.layer.0.SelfAttention.q"),
         (BOTH_T5_WEIGHTS, (), "block.0/layer.0/SelfAttention/q", "block.0.layer.0.SelfAttention.q"),
