@@ -19,7 +19,7 @@ from adapterx.graph.ia3_sites import find_ia3
 from adapterx.graph.other_names import named
 from adapterx.graph.paths import Paths
 from adapterx.graph.prompt_sites import find_prompts
-from adapterx.graph.saved_sites import find_saved
+from adapterx.graph.saved_sites import find_given, find_saved
 from adapterx.graph.weight_sites import find_weight_changes
 from adapterx.site import AdapterSite
 
@@ -81,9 +81,12 @@ def find_others(model: ir.Model, paths: Paths, adapter: Adapter | None = None) -
 
     Raises:
         ModelError: two different adapters go by one name.
+        MismatchError: several operations could be one module of ``adapter``.
     """
     bases = tuple(find_bases(model, paths))
     own, left = named([one for finder in FINDERS for one in finder(model, bases)], paths, adapter)
+    if adapter is not None:
+        own += find_given(bases, adapter, {name for name, _ in own})
     groups: dict[tuple[str, str], list[Exported]] = defaultdict(list)
     for name, exported in own:
         groups[name, exported.adapter].append(exported)

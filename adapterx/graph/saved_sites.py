@@ -11,11 +11,13 @@ from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
-from adapterx.adapter import SHIFT, Array, LowRank
+from adapterx.adapter import SHIFT, WHOLE_WEIGHT, Adapter, Array, LowRank
+from adapterx.errors import MismatchError
 from adapterx.graph.bases import Base
 from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES, base_layer_depth, listed, path_parts
 from adapterx.graph.exported import Exported, Operand, nodes_between
 from adapterx.graph.identity import Identity
+from adapterx.graph.match import TOLERANCE, close
 from adapterx.graph.operations import constant_behind
 from adapterx.graph.view import all_nodes, constant, linear
 from adapterx.graph.weights import read
@@ -39,6 +41,62 @@ def find_saved(model: ir.Model, bases: Sequence[Base]) -> list[Exported]:
         if who is not None and weight is not None:
             found.append(_exported(base, who, weight))
     return found
+
+
+def find_given(bases: Sequence[Base], adapter: Adapter, taken: Collection[str]) -> list[tuple[str, Exported]]:
+    """Modules that ``adapter`` has whole and whose names the graph lost: those of its values, or else of its name.
+
+    Args:
+        bases: the model's base operations
+        adapter: that was exported
+        taken: its sites that were found already
+
+    Raises:
+        MismatchError: a nameless operation of the same shape has other values, or several have the same.
+    """
+    found: list[tuple[str, Exported]] = []
+    unclear = []
+    for name, change in adapter.sites.items():
+        whole = change.parts.get(WHOLE_WEIGHT)
+        if whole is None or name in taken:
+            continue
+        fitting = [(base, weight) for base in bases if (weight := _weight_like(base, whole)) is not None]
+        equal = [base for base, weight in fitting if is_equal(weight, _laid(whole, base))]
+        places = equal or [base for base, _ in fitting if base.name == name]
+        if len({base.op.inputs[_slot(base)] for base in places}) > 1 or (
+            not places and any(not base.name for base, _ in fitting)
+        ):
+            unclear.append(name)
+        for base, weight in fitting:
+            if base in places:
+                source = "adapter_values" if equal else base.name_source
+                found.append((name, _exported(base, Identity("", "", source), weight)))
+    if unclear:
+        raise MismatchError(
+            f"{', '.join(unclear)}: trained in full, and of the graph's operations of that shape, which have no names, "
+            "not one alone has its values; give the very adapter that was exported with the model"
+        )
+    return found
+
+
+def _weight_like(base: Base, whole: Array) -> Array | None:
+    """The weight of ``base`` as ``[d_out, d_in]``, if ``whole`` could be in its place."""
+    fits = base.pure and base.kind != "conv" and _laid(whole, base).shape == (base.d_out, base.d_in)
+    return _weight(base) if fits else None
+
+
+def _laid(whole: Array, base: Base) -> Array:
+    """An embedding's table lies ``[vocabulary, hidden]`` in files."""
+    return whole.T if base.kind == "embedding" else whole
+
+
+def is_equal(weight: Array, whole: Array) -> bool:
+    """Whether two arrays of one shape hold the same numbers, as far as their types can."""
+    return close(weight, whole, max(TOLERANCE.get(one.dtype.name, 1e-5) for one in (weight, whole)))
+
+
+def _slot(base: Base) -> int:
+    return 0 if base.kind == "embedding" else 1
 
 
 def bias_operand(base: Base) -> Operand | None:
@@ -70,7 +128,7 @@ def _weight(base: Base) -> Array | None:
 
 
 def _exported(base: Base, who: Identity, weight: Array) -> Exported:
-    places = [(base.op, 0 if base.kind == "embedding" else 1)]
+    places = [(base.op, _slot(base))]
     bias, place = bias_of(base), bias_operand(base)
     change = of_delta(weight, weight.dtype)
     if bias is not None and place is not None:
@@ -96,7 +154,7 @@ def _exported(base: Base, who: Identity, weight: Array) -> Exported:
 
 def _told(base: Base, adapters: Collection[str], wrapped: Collection[tuple[str, ...]]) -> Iterator[Identity]:
     """What names say of a module trained in full, the surest first: a tensor can stand for equal ones of others."""
-    weight = base.op.inputs[0 if base.kind == "embedding" else 1]
+    weight = base.op.inputs[_slot(base)]
     roots = [value for value in (constant_behind(weight), base.bias) if value is not None]
     alone = [value for value in roots if len(value.uses()) == 1]
     yield from _by_tensors(alone)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from adapterx.adapter import Adapter
 from adapterx.errors import ModelError, NoAdaptersFound
 from adapterx.formats import load_adapter
+from adapterx.graph.bases import Base
 from adapterx.graph.branches import Branch, find_branches
 from adapterx.graph.calibration import calibrated
 from adapterx.graph.exported import Exported, Operand
@@ -136,17 +137,29 @@ def find(
     named, placed = _one_name(whole.sites, whole.others)
     order = {branch.a.node: i for i, branch in enumerate(branches)}
     named.sort(key=lambda pair: order[pair[0].a.node])
+    absent = tuple(name for name in absent if name not in {other.site.name for other in placed})
+    unsupported += _bare(absent, others.bases)
     finding = Finding(
         found=_grouped(named, whole.trained),
         left=tuple(left),
         unsupported=tuple(unsupported),
-        absent=tuple(name for name in absent if name not in {other.site.name for other in placed}),
+        absent=absent,
         base_model="" if exported is None else exported.metadata.get("base_model", ""),
         others=placed,
     )
     if not finding.sites:
         raise NoAdaptersFound(_nothing(model, finding, where))
     return finding
+
+
+def _bare(absent: Iterable[str], bases: Iterable[Base]) -> list[str]:
+    """Modules that are in this graph (not in another file of the export) without what the given adapter has there."""
+    here = {base.name for base in bases}
+    return [
+        f"{name}: the given adapter has it, and nothing of it is found at its operation"
+        for name in absent
+        if name in here
+    ]
 
 
 def _one_name(sites: list[Pair], others: Iterable[Other]) -> tuple[list[Pair], tuple[Other, ...]]:
@@ -170,8 +183,9 @@ def _nameless(left: Iterable[Exported], sites: list[Pair], others: Iterable[Othe
     return [
         f"{one.place}: {one.kind} of rank {one.change.rank} that nothing names; give the exported adapter (adapter=...)"
         for one in left
+        # A constant that is repeated over the batch is hardly ever a prompt.
         if one.kind in _UNMISTAKABLE
-        or _ALIKE.get(one.kind, one.kind) in like
+        or (one.kind != "prompt" and _ALIKE.get(one.kind, one.kind) in like)
         or (one.kind == "conv" and (sites or one.scale != 1.0))
     ]
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from adapterx.adapter import GAIN, SHIFT, WHOLE_BIAS, Adapter, LowRank
+from adapterx.adapter import GAIN, SHIFT, WHOLE_BIAS, Adapter, Array, LowRank
 from adapterx.errors import ModelError
 from adapterx.graph.bases import Base
 from adapterx.graph.exported import Exported, Operand
 from adapterx.graph.match import Pair
 from adapterx.graph.other_kinds import Other, Others, other_of
-from adapterx.graph.saved_sites import bias_of, bias_operand
+from adapterx.graph.saved_sites import bias_of, bias_operand, is_equal
 from adapterx.kinds.lora import cast, wide
 from adapterx.site import LOW_RANK
 
@@ -55,7 +55,7 @@ def take_biases(model: ir.Model, sites: Sequence[Pair], others: Others, adapter:
     for name, change in ({} if adapter is None else adapter.sites).items():
         if WHOLE_BIAS not in change.parts or (name in rest and rest[name].site.kind == "saved"):
             continue
-        places = _places(name, pairs, rest.get(name), others.bases)
+        places = _places(name, pairs, rest.get(name), others.bases) or _equal(change.parts[WHOLE_BIAS], others.bases)
         operands = [operand for base in places if (operand := bias_operand(base)) is not None]
         if not places or len(operands) < len(places):
             lost += [name] if places or _has_bias(model, name) else []
@@ -80,6 +80,13 @@ def _places(name: str, pairs: Sequence[Pair], other: Other | None, bases: Sequen
     ops = {branch.base_op for branch, site in pairs if site.name == name}
     ops |= set() if other is None else {place.op for place in other.places}
     return [base for base in bases if (base.op in ops if ops else base.name == name)]
+
+
+def _equal(whole: Array, bases: Sequence[Base]) -> list[Base]:
+    """The one operation whose bias has these values, where names do not tell."""
+    biases = [(base, bias) for base in bases if (bias := bias_of(base)) is not None and bias.shape == whole.shape]
+    equal = [base for base, bias in biases if is_equal(bias, whole)]
+    return equal if len({base.bias for base in equal}) == 1 else []
 
 
 def _has_bias(model: ir.Model, name: str) -> bool:

@@ -70,6 +70,12 @@ def test_a_prompt_that_lost_its_name_is_told_by_the_values_of_the_exported_adapt
     assert assert_swapped(given, tmp_path, adapter=adapter(OWN)).name_source == "adapter_values"
 
 
+def test_beside_a_prompt_other_constants_may_be_repeated(tmp_path):
+    body = f"{REPEATED.replace(' y = ', ' c = ')}\n o = Tile(zero, r)\n y = Concat<axis=1>(c, o)"
+    given = model(body, {"p": OWN[None], "zero": np.zeros((1, 2, WIDTH), np.float32)}, {"p": NAME})
+    assert extract_adapters(given, tmp_path, make_inputs=True).sites.names == ["prompt_encoder"]
+
+
 def test_a_prompt_that_the_graph_computes_is_refused_with_the_way_out(tmp_path):
     body = LOOKED_UP.replace("l = Gather(p, ids)", "g = Gather(p, ids)\n l = MatMul(g, w)")
     tensors = {"p": OWN, "ids": np.arange(TOKENS)[None], "w": np.eye(WIDTH, dtype=np.float32)}

@@ -98,6 +98,41 @@ def test_an_embedding_may_be_trained_in_full(tmp_path):
         AdapterSession(out.model_path, adapters={"narrow": narrow})
 
 
+def given_adapter(tensors):
+    head = LowRank.of_parts({WHOLE_WEIGHT: tensors["k"].T})
+    return Adapter({"fc": LowRank(a=tensors["a"].T, b=tensors["p"]), "head": head})
+
+
+def test_a_head_that_lost_its_name_is_told_by_the_values_of_the_exported_adapter(tmp_path):
+    given, tensors = model("y = MatMul(h, k)", {})
+    out = extract_adapters(given, tmp_path, make_inputs=True, adapter=given_adapter(tensors))
+    assert [(site.name, site.kind, site.name_source) for site in out.sites][1:] == [("head", "saved", "adapter_values")]
+    other, others = model("y = MatMul(h, k)", {}, seed=2)
+    session = AdapterSession(out.model_path, adapters={"other": given_adapter(others)})
+    want = run_ort(other.SerializeToString(), {"x": X})[0]
+    np.testing.assert_allclose(session.run(None, {"x": X}, adapter="other")[0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_without_a_name_is_not_guessed_from_another_adapter():
+    given, _ = model("y = MatMul(h, k)", {})
+    _, others = model("y = MatMul(h, k)", {}, seed=2)
+    with pytest.raises(MismatchError, match="head: trained in full, and of the graph's operations of that shape"):
+        find_sites(given, adapter=given_adapter(others))
+
+
+def test_a_head_of_another_file_of_the_export_is_passed_over(tmp_path):
+    given, tensors = model("y = Tanh(h)", {})
+    sites = find_sites(given, adapter=given_adapter(tensors | {"k": np.ones((D, CLASSES), np.float32)}))
+    assert (sites.names, sites.left) == (["fc"], ())
+
+
+def test_a_module_that_is_here_without_what_the_given_adapter_has_there_is_refused(tmp_path):
+    given, tensors = model("y = MatMul(h, k)", {"k": "m.base_model.model.head.weight"})
+    low = LowRank(a=np.ones((2, D), np.float32), b=np.ones((2, CLASSES), np.float32))
+    with pytest.raises(ModelError, match="head: the given adapter has it, and nothing of it is found"):
+        extract_adapters(given, tmp_path, adapter=Adapter({**given_adapter(tensors).sites, "head": low}))
+
+
 def test_exports_of_one_base_with_two_heads_take_each_others_adapters(tmp_path):
     body, names, scopes = HEADS["by the weight's name"]
     outs = []

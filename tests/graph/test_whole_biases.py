@@ -73,6 +73,11 @@ def test_the_bias_of_a_layer_without_an_adapter_is_a_site_of_its_own(tmp_path):
     assert [(site.name, site.kind, site.ports) for site in out.sites][1:] == [("head", "bias", (SHIFT,))]
 
 
+def test_a_bias_that_lost_its_name_is_told_by_its_values(monkeypatch, tmp_path):
+    monkeypatch.setitem(NAMES, "e", "onnx::Add_7")
+    assert assert_extracted(tmp_path, fc="c", head="e").sites.names == ["fc", "head"]
+
+
 def test_a_bias_that_two_layers_share_is_taken_from_one_of_them(tmp_path):
     body = BODY.replace("Add(n, e)", "Add(n, c)")
     tensors = weights(1)

@@ -17,7 +17,7 @@ PORTS = {"packed": {"make_inputs": True, "pack_inputs": True}, "external": {}}
 
 def given(name, built):
     """Which biases were trained, only the exported adapter says."""
-    return built.adapters["a"] if CASES[name].kind == "bias" else None
+    return built.adapters["a"] if CASES[name].kind == "bias" or CASES[name].needs_adapter else None
 
 
 def opened(name, folder, **options):
@@ -115,13 +115,10 @@ def test_a_prompt_of_another_width_is_refused(tmp_path):
     assert_refused(session, narrow, "prompt_encoder: adapter is 0 -> 24, model is")
 
 
-def test_a_bias_of_another_width_is_refused(tmp_path):
-    built, _, session = opened("ts_bias", tmp_path)
-    assert_refused(
-        session,
-        changed(built.adapters["b"], WHOLE_BIAS, lambda bias: bias[:, :3]),
-        "head: adapter's whole_bias is for 3",
-    )
+def test_a_heads_bias_of_another_width_is_refused(tmp_path):
+    built, _, session = opened("ts_saved", tmp_path)
+    narrow = changed(built.adapters["b"], WHOLE_BIAS, lambda bias: bias[:, :2])
+    assert_refused(session, narrow, "classifier: adapter's whole_bias is for 2 features, model has 3")
 
 
 def test_an_adapter_without_the_biases_that_were_taken_out_is_refused(tmp_path):

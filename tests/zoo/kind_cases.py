@@ -18,6 +18,11 @@ LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 # As PEFT loads a saved prompt of any kind: no encoder, one tensor.
 LOADED = (("inference_mode", True),)
 BY_FOUR = (("decompose_factor", 4),)
+TWICE, FORWARD = ("stem", "block"), (("feedforward_modules", ["block"]),)
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TWO = "a is both at once; default and style are each alone"
+SECOND = "the second DoRA's base is what the first made: the two are no sum"
+REPEATED = "one module, two places in the graph"
 SLICED = "the shared projections are as large as the largest module"
 
 
@@ -54,6 +59,11 @@ KINDS = (
         Case("vera_mlp", "mlp", Lora(MLP, kind="vera"), kind="vera", note=SLICED),
         Case("loha", "mlp", Lora(MLP, kind="loha"), kind="loha"),
         Case("loha_normed", "normed", Lora(NORMED, kind="loha"), kind="loha"),
+        Case("loha_two_active", "mlp", Lora(MLP, kind="loha", also=("style",)), kind="loha", note=TWO),
+        Case("dora_two_active", "mlp", Lora(MLP, kind="dora", also=("style",)), unsupported=SECOND, kind="dora"),
+        Case("dora_half", "llama_short", Lora(LLAMA, kind="dora"), dtype="float16", atol=2e-2, kind="dora"),
+        Case("ia3_repeated", "repeated", Lora(TWICE, kind="ia3", extra=FORWARD), kind="ia3", note=REPEATED),
+        Case("vera_repeated", "repeated", Lora(TWICE, kind="vera"), kind="vera", note=REPEATED),
         Case("adalora_normed", "normed", Lora(NORMED, kind="adalora"), kind="adalora"),
         Case("prompt", "llama_short", Lora((), kind="prompt", task_type="CAUSAL_LM"), kind="prompt"),
         Case("prefix", "llama_short", Lora((), kind="prefix", task_type="CAUSAL_LM"), kind="prefix"),
@@ -69,4 +79,11 @@ KINDS = (
     Case("dy_lokr_both", "mlp", Lora(MLP, r=2, kind="lokr", extra=(("decompose_both", True),)), "dynamo", kind="lokr"),
     Case("ts_dora_llama_ort_basic", source="ts_dora_llama", post=("ort_basic",), kind="dora"),
     Case("dy_dora_llama_ort_basic", source="dy_dora_llama", post=("ort_basic",), needs_adapter=True, kind="dora"),
+    Case("dy_embedding_ort_basic", source="dy_embedding", post=("ort_basic",), needs_adapter=True, kind="embedding"),
+    Case("dy_saved_head_ort_basic", source="dy_saved_head", post=("ort_basic",), needs_adapter=True, kind="saved"),
+    Case("ts_loha_normed_ort_extended", source="ts_loha_normed", post=("ort_extended",), needs_adapter=True, kind="loha"),
+    Case("dy_lokr_normed_ort_extended", source="dy_lokr_normed", post=("ort_extended",), needs_adapter=True, kind="lokr"),
+    Case("dy_dora_normed_stripped", source="dy_dora_normed", post=("strip_metadata",), needs_adapter=True, kind="dora"),
+    Case("dy_ia3_stripped", source="dy_ia3", post=("strip_metadata",), needs_adapter=True, kind="ia3"),
+    Case("ts_prompt_ort_basic", source="ts_prompt_loaded", post=("ort_basic",), needs_adapter=True, kind="prompt"),
 )
