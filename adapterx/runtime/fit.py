@@ -55,7 +55,7 @@ def fit(
     Raises:
         MismatchError: naming every fault: unknown sites, shapes, ranks of fixed ports, dtypes, the base's fingerprint.
     """
-    faults = [] if allow_other_base else [_Fault("base", cause) for cause in _other_base(adapter.metadata, manifest)]
+    faults = [] if allow_other_base else [_Fault("base", cause) for cause in _other_base(adapter, manifest)]
     fixed = frozenset(manifest.kept)
     if manifest.port != "external" and not manifest.dynamic_rank:
         fixed = frozenset(site.name for site in manifest.sites)
@@ -99,11 +99,16 @@ def _lowered(change: LowRank, site: AdapterSite, *, manifest: Manifest, bases: B
     return lowered(change, weight, bases.bias(base))
 
 
-def _other_base(metadata: Mapping[str, str], manifest: Manifest) -> Iterator[str]:
-    """What speaks against one base, where both sides say something."""
+def _other_base(adapter: Adapter, manifest: Manifest) -> Iterator[str]:
+    """What speaks against one base, where both sides say something.
+
+    A fingerprint is made of the sites' own weights: that of fewer sites than the model's says nothing of the model's.
+    """
+    metadata, sites = adapter.metadata, {site.name for site in manifest.sites}
+    fingerprint = "" if adapter.sites.keys() < sites else manifest.fingerprint
     told = {
-        "fingerprint": (metadata.get("base_fingerprint", ""), manifest.fingerprint),
-        "version": (metadata.get("model_version", ""), _version(manifest.fingerprint)),
+        "fingerprint": (metadata.get("base_fingerprint", ""), fingerprint),
+        "version": (metadata.get("model_version", ""), _version(fingerprint)),
         # A folder name is what is left of a local path on another machine.
         "name": tuple(
             name.rstrip("/").rpartition("/")[2] for name in (metadata.get("base_model", ""), manifest.base_model)

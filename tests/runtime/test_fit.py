@@ -86,6 +86,12 @@ def test_an_adapter_for_another_base_is_refused_unless_that_is_allowed():
         assert fit(adapter, Chain(fingerprint=fingerprint).manifest(), name="it") is adapter
 
 
+def test_a_fingerprint_over_fewer_sites_than_the_models_is_not_compared():
+    first = dict([next(iter(adapter_of().sites.items()))])
+    adapter = Adapter(first, {"base_fingerprint": "0" * 64, "model_version": "7"})
+    assert fit(adapter, Chain().manifest(), name="it") is adapter
+
+
 @pytest.mark.parametrize(
     ("metadata", "told"),
     [
