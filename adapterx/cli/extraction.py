@@ -92,7 +92,7 @@ def extract(  # noqa: PLR0913 - the options of the command, all by name
     adapter: Exported = None,
     structural: Structural = False,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Leave adapter weights that are not plain LoRA in the model.")
+        bool, typer.Option("--partial", help="Leave adapter weights that cannot be taken in the model.")
     ] = False,
     keep_quantized: Annotated[
         bool,
