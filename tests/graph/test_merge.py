@@ -2,6 +2,7 @@
 
 import os
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -290,6 +291,40 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         merge_adapter(model, built.adapters["b"], tmp_path / "merged.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert (tmp_path / "merged.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_sums_are_made_wide_and_rounded_once(dtype, tmp_path):
+    base = floats(32, HIDDEN, dtype=dtype)
+    element = {np.float16: "float16", ml_dtypes.bfloat16: "bfloat16", np.float64: "double"}[dtype]
+    model = proto(
+        "y = MatMul(x, w)", {"w": base}, inputs=f"{element}[n,32] x", outputs=f"{element} y", names={"w": "fc.weight"}
+    )
+    one = random_change(32, HIDDEN)
+    merge_adapter(model, Adapter({"fc": one}), tmp_path / "merged.onnx")
+    merged = ir.load(tmp_path / "merged.onnx").graph.initializers["fc.weight"].const_value.numpy()
+    assert merged.dtype == dtype
+    wide = np.float64 if dtype == np.float64 else np.float32
+    expected = (base.astype(wide) + one.a.T @ one.b).astype(dtype)
+    # The order of a float32 sum may move a number over the edge of a rounding.
+    assert (merged != expected).mean() < 1e-3 or dtype == np.float64
+    np.testing.assert_allclose(merged.astype(wide), expected.astype(wide), rtol=2**-7, atol=1e-6)
+
+
+def test_a_model_behind_links_is_merged_as_one_in_a_folder(tmp_path):
+    """As Hugging Face's cache lays it: names in one folder are links into another, of contents."""
+    built = build("ts_mlp")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    external(tmp_path / "blobs" / "model.onnx", built.base_model, one_file=True)
+    (tmp_path / "blobs" / "weights.bin").rename(tmp_path / "blobs" / "0f3c")
+    (tmp_path / "blobs" / "model.onnx").rename(tmp_path / "blobs" / "9a1b")
+    (tmp_path / "snapshot" / "model.onnx").symlink_to(tmp_path / "blobs" / "9a1b")
+    (tmp_path / "snapshot" / "weights.bin").symlink_to(tmp_path / "blobs" / "0f3c")
+    before = (tmp_path / "blobs" / "0f3c").read_bytes()
+    merge_adapter(tmp_path / "snapshot" / "model.onnx", built.adapters["b"], tmp_path / "out" / "merged.onnx")
+    assert_outputs(run(tmp_path / "out" / "merged.onnx", built.feeds), built.expected["b"], 1e-4)
+    assert (tmp_path / "blobs" / "0f3c").read_bytes() == before
 
 
 def test_the_argument_is_left_alone(tmp_path):
