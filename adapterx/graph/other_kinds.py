@@ -24,6 +24,8 @@ from adapterx.graph.weight_sites import find_weight_changes
 from adapterx.site import AdapterSite
 
 _WIDEST = 4
+# What a base has of its own, too.
+_PLAIN = frozenset({"ia3", "lora", "loha", "lokr"})
 # Each is given the model and its base operations, which are looked for once.
 Finder = Callable[[ir.Model, Sequence[Base]], list[Exported]]
 
@@ -63,9 +65,9 @@ class Others:
     def nodes(self) -> frozenset[ir.Node]:
         """All nodes that belong to adapters of other kinds than linear LoRA, with the operations that they adapt.
 
-        A nameless vector claims nothing: in a graph without metadata every norm looks like (IA)3.
+        A nameless vector or matrix claims nothing: in a graph without metadata every norm looks like (IA)3.
         """
-        shaped = (place for place in self.left if place.kind != "ia3")
+        shaped = (place for place in self.left if place.kind not in _PLAIN)
         places = [*shaped, *(place for other in self.found for place in other.places)]
         ops = {place.op for place in places if place.op is not None}
         return frozenset(ops.union(*(place.nodes for place in places)))
