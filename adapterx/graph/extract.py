@@ -223,8 +223,8 @@ def _rewrite(
                 bypass_exported(exported)
             return
         first, *rest = places[site.name]
-        for branch in first.branches:
-            rewire(model, branch, site, ports, masks, rank=ranks[branch])
+        for call, branch in enumerate(first.branches):
+            rewire(model, branch, site, ports, masks, rank=ranks[branch], call=call)
         for found in rest:
             for branch in found.branches:
                 bypass(branch)

@@ -27,7 +27,9 @@ _NORMS = {
 }
 
 
-def rewire(model: ir.Model, branch: Branch, site: AdapterSite, ports: Ports, masks: Masks, *, rank: int) -> None:
+def rewire(
+    model: ir.Model, branch: Branch, site: AdapterSite, ports: Ports, masks: Masks, *, rank: int, call: int = 0
+) -> None:
     """Let ``site``'s ports do what ``branch`` did.
 
     Args:
@@ -37,9 +39,10 @@ def rewire(model: ir.Model, branch: Branch, site: AdapterSite, ports: Ports, mas
         ports: their values
         masks: made as they are needed
         rank: dimensions of what the branch reads
+        call: how often the module was called before
     """
     base, before = _base_of(branch)
-    nodes = attached(model, Place(base, branch.x, branch.base_op, rank), site, ports, masks)
+    nodes = attached(model, Place(base, branch.x, branch.base_op, rank, call), site, ports, masks)
     nodes[-1].name = branch.join.name
     nodes[-1].metadata_props.update(branch.join.metadata_props)
     _put(branch, nodes, before)

@@ -129,3 +129,15 @@ def test_a_module_that_is_called_twice_gets_one_pair_of_ports_and_reads_it_twice
     got = run(str(out.model_path), {"x": rows(), "fc.lora_A.weight": a, "fc.lora_B.weight": b})
     np.testing.assert_allclose(got, 2 * (rows() @ WEIGHTS["W"] + rows() @ a.T @ b), atol=1e-3)
     assert numpy_helper.to_array(onnx.load(out.model_path).graph.initializer[0]).shape == (D, OUT)
+
+
+def test_every_call_of_a_module_whose_adapter_has_a_bias_has_nodes_of_its_own(tmp_path):
+    twice = (
+        "b = MatMul(x, W)\n l = MatMul(x, A)\n z = MatMul(l, B)\n e = Add(z, bias)\n p = Add(b, e)\n n = Neg(x)\n"
+        " c = MatMul(n, W)\n m = MatMul(n, A)\n w = MatMul(m, B)\n f = Add(w, bias)\n q = Add(c, f)\n y = Add(p, q)"
+    )
+    out = extract_adapters(model(twice), tmp_path, make_inputs=True)
+    onnx.checker.check_model(onnx.load(out.model_path))
+    shift = np.arange(OUT, dtype=np.float32)[None]
+    got = run(str(out.model_path), {"x": rows(), "fc.shift.weight": shift})
+    np.testing.assert_allclose(got, np.broadcast_to(2 * shift, got.shape), atol=1e-4)
