@@ -8,11 +8,13 @@ import onnx.parser
 import pytest
 from onnx import helper, numpy_helper
 
-from adapterx.adapter import GAIN, INPUT_GAIN
+from adapterx.adapter import GAIN, INPUT_GAIN, Adapter, LowRank
 from adapterx.errors import AdapterxError, ModelError, NoAdaptersFound
+from adapterx.graph.claims import FOLDED_FROM
 from adapterx.graph.extract import extract_adapters
 from adapterx.graph.load import load_model
 from adapterx.graph.sites import find, find_sites
+from adapterx.kinds.lora import of_delta
 from adapterx.runtime.session import AdapterSession
 from tests.zoo import build
 
@@ -25,6 +27,7 @@ def model(text, names=(), **weights):
     """A model of one input ``x`` and output ``y``; ``names`` are given to the nodes, in order."""
     ends = f"g (float[n,{D_IN}] x) => (float[n,{D_OUT}] y)"
     proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {ends} {{ {text} }}')
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     shapes = {"W": (D_IN, D_OUT), "D": (D_IN, D_OUT), "l": (D_OUT,), "k": (D_IN,), **weights}
     for name, shape in shapes.items():
         if any(name in node.input for node in proto.graph.node):
@@ -86,6 +89,65 @@ def test_it_is_one_when_it_stands_in_the_module_that_wraps_the_layer(text):
     )
     [site] = find_sites(model(text, paths))
     assert (site.name, site.name_source, site.adapter) == ("fc", "node_path", "")
+
+
+def test_that_the_layer_is_wrapped_does_not_make_a_vector_behind_it_an_adapter():
+    """Without paths and metadata it could be LayerScale; the adapter that was exported would tell."""
+    proto = renamed(model(SCALED), W=f"{ROOT}.fc.base_layer.weight")
+    with pytest.raises(NoAdaptersFound, match="looked at"):
+        find_sites(proto)
+    [vector] = [numpy_helper.to_array(t) for t in proto.graph.initializer if t.name == "l"]
+    exported = Adapter(
+        {"fc": LowRank.of_parts({GAIN: vector[None] - 1}), "other": LowRank.of_parts({GAIN: vector[None]})}
+    )
+    assert [(site.name, site.name_source) for site in find_sites(proto, adapter=exported)] == [("fc", "adapter_values")]
+
+
+def test_what_an_optimizer_appends_to_a_path_is_no_adapters_name():
+    [site] = find_sites(model(SUMMED, ("/m/fc/base_layer/MatMul", "/m/fc/MatMul", "/m/fc/Add_1/MatMulAddFusion")))
+    assert (site.name, site.adapter) == ("fc", "")
+
+
+def test_a_constant_that_was_folded_from_two_modules_names_neither():
+    proto = model(SUMMED)
+    proto.graph.value_info.append(helper.make_tensor_value_info("D", onnx.TensorProto.FLOAT, [D_IN, D_OUT]))
+    folded = proto.graph.value_info[0].metadata_props.add(key=FOLDED_FROM)
+    folded.value = str([f"{ROOT}.{module}.hada_w1_a.default" for module in ("one", "two")])
+    with pytest.raises(NoAdaptersFound, match="hada_w1_a"):
+        find_sites(proto)
+    folded.value = str([f"{ROOT}.one.{part}.default" for part in ("hada_w1_a", "hada_w1_b")])
+    assert [(site.name, site.kind) for site in find_sites(proto)] == [("one", "loha")]
+
+
+FUSED = {
+    "Gemm": ("b = MatMul(x, W)\n y = Gemm(x, D, b)", lambda v: v),
+    "FusedGemm": (
+        'b = MatMul(x, W)\n y = com.microsoft.FusedGemm<activation="Relu">(x, D, b)',
+        lambda v: np.maximum(v, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FUSED)
+def test_a_change_whose_addition_an_optimizer_made_part_of_the_product_is_taken(form, tmp_path):
+    text, after = FUSED[form]
+    proto = renamed(model(text), D=f"{ROOT}.fc.lokr_w1.default")
+    out = extract_adapters(proto, tmp_path, make_inputs=True)
+    weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    x, other = NUMBERS.standard_normal((3, D_IN)).astype(np.float32), NUMBERS.standard_normal((D_IN, D_OUT))
+    session = AdapterSession(out.model_path)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], after(x @ weights["W"]), atol=1e-5)
+    session.load_adapter("other", Adapter({"fc": of_delta(other.T, np.dtype("float32"))}))
+    got = session.run(None, {"x": x}, adapter="other")[0]
+    np.testing.assert_allclose(got, after(x @ (weights["W"] + other)), atol=1e-5)
+
+
+def test_what_has_an_activation_inside_is_no_change_of_a_weight():
+    activated = 'a = com.microsoft.FusedGemm<activation="Relu">(x, p)'
+    text = f"b = MatMul(x, W)\n {activated}\n c = MatMul(a, q)\n d = Mul(c, l)\n y = Add(b, d)"
+    proto = renamed(model(text, p=(D_IN, 2), q=(2, D_OUT)), l=f"{ROOT}.fc.vera_lambda_b.default")
+    with pytest.raises(NoAdaptersFound, match="vera_lambda_b"):
+        find_sites(proto)
 
 
 def test_what_a_model_does_behind_a_wrapped_layer_stays_in_it(tmp_path):

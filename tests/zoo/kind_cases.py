@@ -63,6 +63,7 @@ KINDS = (
         Case("dora_two_active", "mlp", Lora(MLP, kind="dora", also=("style",)), unsupported=SECOND, kind="dora"),
         Case("dora_half", "llama_short", Lora(LLAMA, kind="dora"), dtype="float16", atol=2e-2, kind="dora"),
         Case("ia3_repeated", "repeated", Lora(TWICE, kind="ia3", extra=FORWARD), kind="ia3", note=REPEATED),
+        Case("dora_repeated", "repeated", Lora(TWICE, kind="dora"), kind="dora", note=REPEATED),
         Case("vera_repeated", "repeated", Lora(TWICE, kind="vera"), kind="vera", note=REPEATED),
         Case("adalora_normed", "normed", Lora(NORMED, kind="adalora"), kind="adalora"),
         Case("prompt", "llama_short", Lora((), kind="prompt", task_type="CAUSAL_LM"), kind="prompt"),
