@@ -175,6 +175,21 @@ def test_an_output_layer_that_shares_its_table_gets_its_own(targets, shards, tmp
         torch.testing.assert_close(loaded(**subject.inputs)[0], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_that_a_tied_model_stores_all_the_same_is_not_ignored(tmp_path):
+    """transformers would load the embedding's table in its place."""
+    subject = models.llama_tied()
+    base = saved(tmp_path, subject.model)
+    tensors = state(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapted, folder = adapter_of(tmp_path, subject.model, Lora(("lm_head",)))
+    merge_peft(base, folder, tmp_path / "merged")
+    loaded = tf.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = adapted(**subject.inputs)[0]
+        torch.testing.assert_close(loaded(**subject.inputs)[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_head_that_the_base_does_not_have_is_added(tmp_path):
     subject = models.llama_short()
     base = saved(tmp_path, subject.model)

@@ -6,22 +6,20 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
-from onnx import numpy_helper
 
 from adapterx import weight_rows
 from adapterx.adapter import Adapter, LowRank
 from adapterx.combination import combine
-from adapterx.errors import MismatchError, ModelError, OptionError
+from adapterx.errors import MismatchError
 from adapterx.formats import load_adapter
 from adapterx.fused import split
 from adapterx.graph import merged_files
-from adapterx.graph.extract import extract_adapters
 from adapterx.graph.merge import merge_adapter, unmerge_adapter
 from adapterx.manifest import KEY
 from adapterx.runtime.session import AdapterSession
 from tests.graph.base_models import floats, proto
+from tests.graph.merging import assert_outputs, external, initializers, ported, run
 from tests.zoo import CASES, build
 
 # Bases without an adapter, as exporters write them, optimized and not.
@@ -46,32 +44,10 @@ KINDS = {
 }
 
 
-def exported_adapter(name, built):
-    return built.adapters["a"] if CASES[name].needs_adapter or CASES[name].file else None
-
-
-def ported(name, folder, **options):
-    built = build(name)
-    options = {"make_inputs": True, "adapter": exported_adapter(name, built), **options}
-    return extract_adapters(built.model, folder, **options).model_path
-
-
 def base_of(how, name, tmp_path):
     if how == "ported":
         return ported(name, tmp_path / "ported")
     return build(name).model if how == "plain" else build(name).base_model
-
-
-def run(path, feeds):
-    session = ort.InferenceSession(str(path))
-    wanted = {value.name for value in session.get_inputs()}
-    return session.run(None, {name: array for name, array in feeds.items() if name in wanted})
-
-
-def assert_outputs(got, want, atol):
-    assert len(got) == len(want)
-    for one, other in zip(got, want, strict=True):
-        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -151,10 +127,6 @@ def test_what_was_merged_can_be_taken_out_to_within_rounding(name, tmp_path):
     assert any(not np.array_equal(merged[key], old[key]) for key in old)
 
 
-def initializers(path):
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
-
-
 def test_dora_cannot_be_taken_out_of_the_merged_weight_alone(tmp_path):
     built = build("ts_dora")
     merge_adapter(build("ts_plain").model, built.adapters["b"], tmp_path / "merged.onnx")
@@ -190,6 +162,8 @@ def test_only_the_adapted_one_of_two_tied_modules_changes(sites, in_file, tmp_pa
     onnx.save(tied(), tmp_path / "model.onnx")
     if in_file:
         external(tmp_path / "model.onnx", tmp_path / "model.onnx", one_file=True)
+        with (tmp_path / "weights.bin").open("ab") as file:
+            file.write(b"odd")
     merge_adapter(tmp_path / "model.onnx", adapter, tmp_path / "merged.onnx")
     delta = {site: one.a.T @ one.b for site, one in adapter.sites.items()}
     table, head = TABLE + delta.get("model.embed_tokens", 0), TABLE.T + delta.get("lm_head", 0)
@@ -198,6 +172,10 @@ def test_only_the_adapted_one_of_two_tied_modules_changes(sites, in_file, tmp_pa
     if in_file:
         size = (tmp_path / "merged.onnx.data").stat().st_size - (tmp_path / "weights.bin").stat().st_size
         assert TABLE.nbytes <= size < TABLE.nbytes + 64
+        tensors = onnx.load(tmp_path / "merged.onnx", load_external_data=False).graph.initializer
+        offsets = [entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "offset"]
+        assert len(offsets) == 2
+        assert not any(int(offset) % 64 for offset in offsets)
 
 
 def test_an_adapter_of_split_modules_is_merged_into_a_fused_one(tmp_path):
@@ -230,14 +208,6 @@ def test_a_shift_makes_a_bias_where_there_was_none(tmp_path):
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------
-
-
-def external(path, source, *, one_file):
-    """``source`` with its weights in one data file, or in one each."""
-    model = onnx.load(source)
-    names = {"location": "weights.bin"} if one_file else {}
-    onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=one_file, size_threshold=512, **names)
-    return path
 
 
 @pytest.mark.parametrize("one_file", [True, False])
@@ -335,58 +305,3 @@ def test_the_argument_is_left_alone(tmp_path):
         merge_adapter(given, built.adapters["b"], tmp_path / "merged.onnx")
         assert_outputs(run(tmp_path / "merged.onnx", built.feeds), built.expected["b"], 1e-4)
     assert ir.to_proto(model).SerializeToString() == ir.to_proto(ir.from_proto(proto)).SerializeToString()
-
-
-# -- Refused ----------------------------------------------------------------------------------------------------------
-
-
-def change(d_in, d_out, rank=1):
-    return LowRank(a=np.ones((rank, d_in), np.float32), b=np.ones((rank, d_out), np.float32))
-
-
-def test_every_fault_is_told_before_anything_is_written(tmp_path):
-    built = build("ts_mlp")
-    adapter = Adapter({"fc1": change(99, 56), "fc3": change(56, 24), "head": change(24, 10)})
-    with pytest.raises(MismatchError) as caught:
-        merge_adapter(built.base_model, adapter, tmp_path / "merged.onnx")
-    told = str(caught.value)
-    assert "cannot be merged at 2 of 3 sites" in told
-    assert "fc1: the adapter is (99,) -> 56, the weight is 40 -> 56" in told
-    assert "fc3: the model has no such module; nearest is fc" in told
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_that_still_holds_an_adapter_is_refused(tmp_path):
-    built = build("ts_mlp")
-    with pytest.raises(ModelError, match="still holds an adapter, at 3 sites; take it out with extract_adapters"):
-        merge_adapter(built.model, built.adapters["b"], tmp_path / "merged.onnx")
-
-
-def test_what_no_weight_can_hold_is_refused(tmp_path):
-    plain = build("dy_plain").model
-    with pytest.raises(MismatchError, match="a prompt stands beside the weights"):
-        merge_adapter(plain, build("ts_prompt").adapters["b"], tmp_path / "merged.onnx")
-    built = build("ts_conv1d")
-    with pytest.raises(MismatchError, match="conv2: a convolution in 2 groups"):
-        merge_adapter(built.base_model, built.adapters["b"], tmp_path / "merged.onnx")
-
-
-def test_options_and_targets_that_cannot_be_are_refused(tmp_path):
-    built = build("ts_mlp")
-    with pytest.raises(OptionError, match="weight=nan"):
-        merge_adapter(built.base_model, built.adapters["b"], tmp_path / "merged.onnx", weight=float("nan"))
-    with pytest.raises(ModelError, match="is the model itself"):
-        merge_adapter(built.base_model, built.adapters["b"], built.base_model)
-
-
-def test_numbers_beyond_float16_are_refused(tmp_path):
-    built, model = build("ts_llama_half"), ported("ts_llama_half", tmp_path / "ported")
-    name = load_adapter(built.adapters["b"]).sites.keys().__iter__().__next__()
-    d_in, d_out = (
-        load_adapter(built.adapters["b"]).sites[name].a.shape[1],
-        load_adapter(built.adapters["b"]).sites[name].d_out,
-    )
-    huge = LowRank(a=np.full((1, d_in), 300, np.float32), b=np.full((1, d_out), 300, np.float32))
-    with pytest.raises(ModelError, match="beyond float16"):
-        merge_adapter(model, Adapter({name: huge}), tmp_path / "merged.onnx")
-    assert not (tmp_path / "merged.onnx").exists()

@@ -1,0 +1,74 @@
+"""What cannot be merged is refused with the reason, before anything is written."""
+
+import numpy as np
+import pytest
+
+from adapterx.adapter import Adapter, LowRank
+from adapterx.errors import MismatchError, ModelError, OptionError
+from adapterx.formats import load_adapter
+from adapterx.graph.merge import merge_adapter
+from tests.graph.merging import assert_outputs, ported, run
+from tests.zoo import build
+
+
+def change(d_in, d_out, rank=1):
+    return LowRank(a=np.ones((rank, d_in), np.float32), b=np.ones((rank, d_out), np.float32))
+
+
+def test_every_fault_is_told_before_anything_is_written(tmp_path):
+    built = build("ts_mlp")
+    adapter = Adapter({"fc1": change(99, 56), "fc3": change(56, 24), "head": change(24, 10)})
+    with pytest.raises(MismatchError) as caught:
+        merge_adapter(built.base_model, adapter, tmp_path / "merged.onnx")
+    told = str(caught.value)
+    assert "cannot be merged at 2 of 3 sites" in told
+    assert "fc1: the adapter is (99,) -> 56, the weight is 40 -> 56" in told
+    assert "fc3: the model has no such module; nearest is fc" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_still_holds_an_adapter_is_refused(tmp_path):
+    built = build("ts_mlp")
+    with pytest.raises(ModelError, match="still holds an adapter, at 3 sites; take it out with extract_adapters"):
+        merge_adapter(built.model, built.adapters["b"], tmp_path / "merged.onnx")
+
+
+def test_what_no_weight_can_hold_is_refused(tmp_path):
+    plain = build("dy_plain").model
+    with pytest.raises(MismatchError, match="a prompt stands beside the weights"):
+        merge_adapter(plain, build("ts_prompt").adapters["b"], tmp_path / "merged.onnx")
+    built = build("ts_conv1d")
+    with pytest.raises(MismatchError, match="conv2: a convolution in 2 groups"):
+        merge_adapter(built.base_model, built.adapters["b"], tmp_path / "merged.onnx")
+
+
+def test_a_base_that_is_not_in_the_graph_has_to_come_from_the_adapter(tmp_path):
+    """The classifier was trained in full: the extracted model has zeros there."""
+    built, model = build("ts_saved"), ported("ts_saved", tmp_path / "ported")
+    whole = load_adapter(built.adapters["b"])
+    without = Adapter({site: one for site, one in whole.sites.items() if site != "classifier"})
+    with pytest.raises(MismatchError, match="the model has no base at classifier"):
+        merge_adapter(model, without, tmp_path / "merged.onnx")
+    merge_adapter(model, whole, tmp_path / "merged.onnx")
+    assert_outputs(run(tmp_path / "merged.onnx", built.feeds), built.expected["b"], 1e-4)
+
+
+def test_options_and_targets_that_cannot_be_are_refused(tmp_path):
+    built = build("ts_mlp")
+    with pytest.raises(OptionError, match="weight=nan"):
+        merge_adapter(built.base_model, built.adapters["b"], tmp_path / "merged.onnx", weight=float("nan"))
+    with pytest.raises(ModelError, match="is the model itself"):
+        merge_adapter(built.base_model, built.adapters["b"], built.base_model)
+
+
+def test_numbers_beyond_float16_are_refused(tmp_path):
+    built, model = build("ts_llama_half"), ported("ts_llama_half", tmp_path / "ported")
+    name = load_adapter(built.adapters["b"]).sites.keys().__iter__().__next__()
+    d_in, d_out = (
+        load_adapter(built.adapters["b"]).sites[name].a.shape[1],
+        load_adapter(built.adapters["b"]).sites[name].d_out,
+    )
+    huge = LowRank(a=np.full((1, d_in), 300, np.float32), b=np.full((1, d_out), 300, np.float32))
+    with pytest.raises(ModelError, match="beyond float16"):
+        merge_adapter(model, Adapter({name: huge}), tmp_path / "merged.onnx")
+    assert not (tmp_path / "merged.onnx").exists()
