@@ -19,17 +19,18 @@ from rich.table import Table
 
 from adapterx.adapter import Adapter, Array, LowRank
 from adapterx.errors import AdapterxError, ModelError
-from adapterx.graph.branch_weights import low_rank_of
 from adapterx.graph.example_feeds import example_feeds
+from adapterx.graph.extract import adapters_of, whole_of
 from adapterx.graph.kept import keep
 from adapterx.graph.load import load_model, read_proto
 from adapterx.graph.quantized_linear import OF_CODES, any_linear
-from adapterx.graph.sites import AdapterLike, Finding, Found, find
+from adapterx.graph.sites import AdapterLike, Found, find
 from adapterx.graph.stored import tensor_reader, weight_values
 from adapterx.graph.view import Linear, all_nodes, attribute
 from adapterx.manifest import Manifest, manifest_of
 from adapterx.runtime.kept import coded
 from adapterx.runtime.session import AdapterSession
+from adapterx.verify_merged import merged_outputs, needs_merging, random_adapter
 
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest error allowed, relative to the largest output (or to 1), by dtype of the adapter's sites."""
@@ -47,9 +48,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verification:
-    """The outcome, row by row; prints as a table."""
+    """The outcome, row by row; prints as a table. ``notes`` say what could not be proven, and why."""
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -85,6 +87,9 @@ def verify_extraction(
     need no room for its quantization. A fifth row shows that the random adapter changes the output enough for its row
     to mean something.
 
+    Where sites take more than two matrices (DoRA, (IA)3, convolutions, heads ...), the exported adapter is compared
+    with the original graph as it stands, and the others with the same adapter merged into the base's weights.
+
     Args:
         original: the exported model
         extracted: what :func:`extract_adapters` made of it, in any mode
@@ -99,7 +104,8 @@ def verify_extraction(
     manifest = _manifest(Path(extracted))
     source = load_model(original)
     finding = find(source, adapter=adapter, structural=_is_structural(manifest), where=str(original))
-    exported = _exported(finding)
+    adapters = list(adapters_of(finding, str(original)).values())
+    exported = whole_of(adapters)
     if set(exported.sites) != {site.name for site in manifest.sites}:
         odd = sorted(set(exported.sites) ^ {site.name for site in manifest.sites})
         raise ModelError(f"{original} and {extracted} do not have the same sites; they differ in {odd[:5]}")
@@ -107,6 +113,8 @@ def verify_extraction(
     rng = np.random.default_rng(seed + 1)
     dtype = next(iter(exported.sites.values())).dtype.name
     bound = TOLERANCE[dtype] if tolerance is None else tolerance
+    if needs_merging(manifest):
+        return _by_merging(Path(original), Path(extracted), exported, feeds, seed=seed, bound=bound)
     candidates: dict[str, Adapter | None] = {
         "no adapter = base": None,
         "the exported adapter": exported,
@@ -125,6 +133,32 @@ def verify_extraction(
     return Verification(tuple(rows))
 
 
+def _by_merging(
+    original: Path, extracted: Path, exported: Adapter, feeds: Mapping[str, Array], *, seed: int, bound: float
+) -> Verification:
+    manifest, rng, session = _manifest(extracted), np.random.default_rng(seed + 1), AdapterSession(extracted)
+
+    def run(path: Path) -> list[Array]:
+        return _run(load_model(path), path, feeds)
+
+    want = run(original)
+    errors = {"the exported adapter": _error(_through(session, exported, feeds), want)}
+    candidates: dict[str, Adapter | None] = {
+        "a random adapter": random_adapter(manifest, rng, grow=0),
+        "a random adapter of other ranks": random_adapter(manifest, rng, grow=1 if _any_rank(manifest) else -1),
+    }
+    if not manifest.required:
+        candidates = {"no adapter = base": None, **candidates}
+    merged, why = merged_outputs(extracted, manifest, candidates, run)
+    errors |= {name: _error(_through(session, candidates[name], feeds), outputs) for name, outputs in merged.items()}
+    rows = [Row(name, error, bound, error <= bound) for name, error in errors.items()]
+    if why:
+        return Verification(tuple(rows), (f"only the exported adapter was tried: {why}",))
+    effect = _error(merged["a random adapter"], want)
+    rows.append(Row("the random adapter changes the output", effect, 10 * bound, effect > 10 * bound))
+    return Verification(tuple(rows))
+
+
 def _manifest(path: Path) -> Manifest:
     metadata = {entry.key: entry.value for entry in read_proto(path).metadata_props}
     manifest = manifest_of(metadata, where=str(path))
@@ -139,19 +173,6 @@ def _any_rank(manifest: Manifest) -> bool:
 
 def _is_structural(manifest: Manifest) -> bool:
     return any(site.name_source == "structure" for site in manifest.sites)
-
-
-def _exported(finding: Finding) -> Adapter:
-    """All adapters of the export as one, ranks of one place after another."""
-    parts: dict[str, list[LowRank]] = {}
-    for found in finding.found:
-        parts.setdefault(found.site.name, []).append(low_rank_of(found.branches[0]))
-    return Adapter(
-        {
-            name: LowRank(a=np.concatenate([p.a for p in members]), b=np.concatenate([p.b for p in members]))
-            for name, members in parts.items()
-        }
-    )
 
 
 def _random(like: Adapter, rng: np.random.Generator, *, grow: int) -> Adapter:

@@ -186,9 +186,11 @@ def verify(
             {"check": r.check, "max_error": finite(r.max_error), "tolerance": r.tolerance, "passed": r.passed}
             for r in outcome.rows
         ]
-        print_json({"passed": outcome.passed, "rows": rows})
+        print_json({"passed": outcome.passed, "rows": rows, "notes": outcome.notes})
     else:
         print_table(outcome.table(), markup=True)
+        for note in outcome.notes:
+            say(note)
     if not outcome.passed:
         failed = [row.check for row in outcome.rows if not row.passed]
         say(f"{len(failed)} of {len(outcome.rows)} checks failed: {', '.join(failed)}")

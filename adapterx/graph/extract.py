@@ -128,11 +128,11 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     path = target_of(model, Path(output_dir))
     port: Literal["input", "packed", "external"] = "packed" if pack_inputs else "input" if make_inputs else "external"
     options = PortOptions(port, dynamic_rank, optional_inputs, f"{path.stem}.adapter.bin")
-    adapters = _read_adapters(finding, where)
+    adapters = adapters_of(finding, where)
     fingerprint = base_fingerprint(finding)
     manifest = _rewrite(loaded, finding, options, fingerprint, keep_codes=quantized == "keep")
     check_model(loaded, f"the model extracted from {where}")
-    whole = _sum([Adapter(a.sites, {**a.metadata, "base_fingerprint": fingerprint}) for a in adapters.values()])
+    whole = whole_of([Adapter(a.sites, {**a.metadata, "base_fingerprint": fingerprint}) for a in adapters.values()])
     path.parent.mkdir(parents=True, exist_ok=True)
     adapter_path = path.parent / f"adapter.{adapter_format}"
     files = {adapter_path: whole}
@@ -164,8 +164,8 @@ def _check_ports(*, make_inputs: bool, pack_inputs: bool, quantized: Quantized) 
         )
 
 
-def _read_adapters(finding: Finding, where: str) -> dict[str, Adapter]:
-    """Each adapter by its name in the export, scale folded in."""
+def adapters_of(finding: Finding, where: str) -> dict[str, Adapter]:
+    """Each adapter of an export by its name there, scale folded in."""
     by_name: dict[str, dict[str, LowRank]] = {}
     for found in finding.found:
         by_name.setdefault(found.site.adapter or "default", {})[found.site.name] = low_rank_of(found.branches[0])
@@ -175,7 +175,7 @@ def _read_adapters(finding: Finding, where: str) -> dict[str, Adapter]:
     return {name: Adapter(sites, {**source, "adapter_name": name}) for name, sites in by_name.items()}
 
 
-def _sum(adapters: list[Adapter]) -> Adapter:
+def whole_of(adapters: list[Adapter]) -> Adapter:
     """The exact sum: ranks one after another. One adapter is itself."""
     if len(adapters) == 1:
         return adapters[0]
