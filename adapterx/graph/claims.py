@@ -39,7 +39,7 @@ _NUMBERED = re.compile(r"^(?P<stem>.+?)(?:_(?P<number>\d+))?$")
 _BASE_LAYER = re.compile(r"base_layer(?:_\d+)?")  # numbered when a module is called again
 # Only under PEFT's root: a model may have a child called base_layer of its own.
 BASE_TENSOR = re.compile(r"^(?P<module>.*base_model\.model\..+)\.base_layer\.(?:weight|bias)$")
-OPERATORS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Transpose"})
+_OPERATORS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Transpose"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -221,10 +221,10 @@ def path_parts(name: str) -> list[str]:
 
 def _adapter_of(a: list[str], b: list[str]) -> str | None:
     if a[0] == "lora_A" and b[0] == "lora_B":
-        return a[1] if len(a) > 2 and a[1] not in OPERATORS else ""
-    if b[0] == f"{a[0]}_1" and a[0] not in OPERATORS:
+        return a[1] if len(a) > 2 and a[1] not in _OPERATORS else ""
+    if b[0] == f"{a[0]}_1" and a[0] not in _OPERATORS:
         return a[0]
     first, second = _NUMBERED.match(a[0]), _NUMBERED.match(b[0])
-    if first is None or second is None or first["stem"] != second["stem"] or first["stem"] in OPERATORS:
+    if first is None or second is None or first["stem"] != second["stem"] or first["stem"] in _OPERATORS:
         return None
     return first["stem"] if int(second["number"] or 0) == int(first["number"] or 0) + 1 else None

@@ -17,7 +17,6 @@ from adapterx.graph.claims import (
     BASE_TENSOR,
     FOLDED_FROM,
     NAME_SCOPES,
-    OPERATORS,
     Claim,
     base_layer_depth,
     listed,
@@ -31,7 +30,6 @@ _PART = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_magnitude_vector|lora_[AB]|hada_[wt][12](?:_[ab])?|lokr_(?:w[12](?:_[ab])?|t2)"
     r"|vera_lambda_[bd]|ia3_l)(?:\.(?!weight\b)(?P<adapter>[^.]+))?(?:\.weight)?$"
 )
-_NUMBER = re.compile(r"_\d+$")
 _WRAPPED = ".base_layer"
 
 
@@ -129,13 +127,8 @@ def _by_node_path(base: Base, join: ir.Node, nodes: Sequence[ir.Node]) -> Claim 
     if parts[:depth] != outer or len(parts) <= depth or base_layer_depth(parts):
         return None
     paths = [path for node in nodes if (path := _parts(node))[:depth] == outer]
-    # Optimizers put words of theirs behind an operator's.
-    deeper = {path[depth] for path in paths if len(path) > depth + 1 and not _is_operator(path[depth])}
+    deeper = {path[depth] for path in paths if len(path) > depth + 1}
     return Claim("node_path", "/".join(inner[:depth]), deeper.pop() if len(deeper) == 1 else "", join)
-
-
-def _is_operator(part: str) -> bool:
-    return _NUMBER.sub("", part) in OPERATORS
 
 
 def _parts(node: ir.Node) -> list[str]:
