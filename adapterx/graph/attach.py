@@ -16,6 +16,7 @@ from adapterx.adapter import GAIN, INPUT_GAIN, LORA_A, LORA_B, SHIFT
 from adapterx.errors import ModelError
 from adapterx.graph.operations import factor_of
 from adapterx.graph.ports import Masks, Ports, onnx_dtype, reshaped
+from adapterx.graph.rows import entrance
 from adapterx.manifest import MASK, ROW_MASK
 from adapterx.ops import DOMAIN, LOW_RANK_ADD, ROW_VECTOR, VERSION
 from adapterx.site import AdapterSite
@@ -106,14 +107,16 @@ def scaled_input(model: ir.Model, place: Place, site: AdapterSite, port: ir.Valu
 
 
 def _scale_input(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, masks: Masks) -> None:
-    op = place.op
-    if op is None or op.graph is None or place.x not in op.inputs:
+    found = None if place.op is None else entrance(place.x, place.op)
+    graph = None if found is None else found[0].graph
+    if found is None or graph is None:
         raise ModelError(
             f"{site.name}: its input cannot be scaled for it alone, because its operation does not read it directly"
         )
+    node, slot = found
     nodes = scaled_input(model, place, site, port, masks)
-    op.graph.insert_before(op, nodes)
-    op.replace_input_with(op.inputs.index(place.x), nodes[-1].outputs[0])
+    graph.insert_before(node, nodes)
+    node.replace_input_with(slot, nodes[-1].outputs[0])
 
 
 def _vector(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, masks: Masks, name: str) -> list[ir.Node]:

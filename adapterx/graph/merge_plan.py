@@ -14,6 +14,7 @@ from adapterx.base_weight import read_weight
 from adapterx.errors import MismatchError, nearest
 from adapterx.fused import fused_sites, joined, parts_of_fused, split
 from adapterx.graph.bases import Base
+from adapterx.graph.operations import factor_of
 from adapterx.graph.stored import tensor_reader
 from adapterx.graph.weights import read
 from adapterx.kinds import shaped
@@ -221,6 +222,11 @@ def _refuse_odd_bias(base: Base, done: Merger, bias: Array | None) -> None:
     if done.shift is not None and bias is None and not base.pure:
         raise ValueError(
             f"it shifts the output, and {base.op.op_type} gives more than a product that a bias could be added to"
+        )
+    if done.shift is not None and bias is None and factor_of(base.op) != 1:
+        raise ValueError(
+            "it shifts the output, and an optimizer multiplies that with a number, before or after the model would add "
+            "a bias; merge into the export, then optimize"
         )
     if done.changes_bias and _bias_dtype(base) in _CODES:
         raise ValueError(f"it changes the bias, which is quantized ({_bias_dtype(base)})")

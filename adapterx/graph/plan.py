@@ -24,6 +24,8 @@ from adapterx.graph.apart import is_activated
 from adapterx.graph.base_names import absorbed_bias
 from adapterx.graph.bases import Base
 from adapterx.graph.fingerprint import fingerprint_of
+from adapterx.graph.operations import factor_of
+from adapterx.graph.rows import entrance
 from adapterx.graph.targets import FOLDED, Modules
 from adapterx.kinds import shaped
 from adapterx.manifest import SiteBase
@@ -328,8 +330,13 @@ def _cannot(base: Base, ports: Collection[str]) -> str:
         )
     if {GAIN, SHIFT} & set(ports) and not base.pure and not is_activated(base.op):
         return "its operation also adds something else, so its own result is nowhere in the graph"
-    if INPUT_GAIN in ports and base.x not in base.op.inputs:
-        return "its operation reads codes or reshaped rows, so that its input cannot be scaled for it alone"
+    if INPUT_GAIN in ports and entrance(base.x, base.op) is None:
+        return "its operation reads codes, or rows that others read, so that its input cannot be scaled for it alone"
+    if SHIFT in ports and base.bias is None and factor_of(base.op) != 1:
+        return (
+            "an optimizer multiplies its result with a number, and nothing tells whether the model does so before or "
+            "after a bias of the layer would be added; inject into the export, then optimize"
+        )
     return ""
 
 

@@ -50,6 +50,21 @@ def folded_rows(result: ir.Value, width: int, shapes: Shapes) -> ir.Value:
     return folded
 
 
+def entrance(x: ir.Value, op: ir.Node) -> tuple[ir.Node, int] | None:
+    """Where ``x`` enters what is there for ``op`` alone: the operation, or the first node that flattens its rows.
+
+    ``None`` where ``op`` reads something else than the numbers of ``x``, or others read the flattened rows too.
+    """
+    node = op
+    while x not in node.inputs:
+        value = node.inputs[0]
+        above = None if value is None else value.producer()
+        if value is None or above is None or not is_op(above, *SAME_ROWS) or _only_user(value) is not node:
+            return None
+        node = above
+    return node, node.inputs.index(x)
+
+
 def unflattening(x: ir.Value, folded: ir.Value, d_in: int, name: str) -> list[ir.Node]:
     """Nodes that give ``x`` ``[rows, d_in]`` the leading dimensions of ``folded``; the last one's output is that."""
     numbers = {"first": 0, "last": -1, "width": d_in}

@@ -114,7 +114,8 @@ def _change(one: _Met, folding: Folding) -> tuple[LowRank, float]:
     if one.kind == "dora":
         d_out = b.shape[1]
         parts[GAIN] = np.broadcast_to(gain - 1, (1, d_out))
-        if shift.any():
+        # A magnitude that is the norm, as PEFT starts with, shifts nothing; another one does.
+        if shift.any() or one.sum.base.bias is not None:
             parts[SHIFT] = np.broadcast_to(shift, (1, d_out))
     cut = {name: cast(part.astype(np.float32), dtype, name) for name, part in parts.items()}
     scale = float(np.median(behind / gain)) if one.kind == "dora" and gain.all() else 1.0

@@ -240,6 +240,21 @@ def test_rows_that_lie_flattened_only_are_folded_back_for_the_adapter():
     np.testing.assert_allclose(run(graph, {"x": x, **fed})[0], base[0] + np.arange(3)[:, None, None] * delta, atol=1e-3)
 
 
+def test_rows_that_were_flattened_are_scaled_before_that():
+    """(IA)3 on the feed-forward layers of GPT-2."""
+    body = "r = Reshape(x, rows)\ng = Gemm(r, w, c)\ny = Reshape(g, whole)"
+    tensors = {"w": W, "c": C, "rows": np.array([-1, D_IN]), "whole": np.array([2, -1, D_OUT])}
+    model = proto(body, tensors, inputs="float[2,t,32] x", outputs="float[2,t,24] y", names={"w": "fc.weight"})
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("y", 1, [2, "t", D_OUT]))
+    gain = floats(1, D_IN)
+    change = LowRank(a=np.zeros((0, D_IN), np.float32), b=np.zeros((0, D_OUT), np.float32), parts={"input_gain": gain})
+    graph, _ = injected(model, [Adapter({"fc": change})])
+    x = floats(2, 3, D_IN)
+    np.testing.assert_allclose(
+        run(graph, {"x": x, "fc.input_gain.weight": gain})[0], (x * (1 + gain)) @ W + C, rtol=1e-4, atol=1e-4
+    )
+
+
 def test_a_half_precision_base_is_fed_half_precision_adapters(tmp_path):
     inputs, outputs = "float16[n,t,32] x", "float16[n,t,24] y"
     model = proto("y = MatMul(x, w)", {"w": W.astype(np.float16)}, inputs=inputs, outputs=outputs,

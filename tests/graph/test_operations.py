@@ -5,6 +5,7 @@ import onnxruntime as ort
 import pytest
 
 from adapterx.adapter import Adapter, LowRank
+from adapterx.errors import MismatchError
 from adapterx.graph.extract import extract_adapters
 from adapterx.graph.inject import inject_adapters
 from adapterx.graph.merge import merge_adapter
@@ -75,3 +76,14 @@ def test_the_scale_of_an_adapter_beside_a_scaled_product_is_its_own(tmp_path):
     session.load_adapter("other", Adapter({"fc": CHANGES["lora"]}))
     want = FACTOR * x @ weight_with("lora").T
     np.testing.assert_allclose(session.run(None, {"x": x}, adapter="other")[0], want, atol=1e-4)
+
+
+def test_a_shift_of_a_product_that_an_optimizer_scales_is_refused(tmp_path):
+    """Whether the model scales before a bias or after it, nothing tells."""
+    model = proto(SCALED["FusedMatMul"][0], {"w": W}, outputs="float[n,t,24] y", names=NAMES)
+    change = LowRank(a=floats(2, D_IN), b=floats(2, D_OUT), parts={"shift": floats(1, D_OUT)})
+    with pytest.raises(MismatchError, match="fc: an optimizer multiplies its result"):
+        inject_adapters(model, tmp_path / "out", adapter=Adapter({"fc": change}))
+    with pytest.raises(MismatchError, match="fc: it shifts the output, and an optimizer multiplies that"):
+        merge_adapter(model, Adapter({"fc": change}), tmp_path / "out" / "merged.onnx")
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from adapterx.adapter import GAIN, INPUT_GAIN, Adapter, LowRank
 from adapterx.errors import AdapterxError, ModelError, NoAdaptersFound
-from adapterx.graph.claims import FOLDED_FROM
+from adapterx.graph.claims import FOLDED_FROM, NAME_SCOPES
 from adapterx.graph.extract import extract_adapters
 from adapterx.graph.load import load_model
 from adapterx.graph.sites import find, find_sites
@@ -104,7 +104,7 @@ def test_that_the_layer_is_wrapped_does_not_make_a_vector_behind_it_an_adapter()
 
 
 def test_what_an_optimizer_appends_to_a_path_is_no_adapters_name():
-    [site] = find_sites(model(SUMMED, ("/m/fc/base_layer/MatMul", "/m/fc/MatMul", "/m/fc/Add_1/MatMulAddFusion")))
+    [site] = find_sites(model(SUMMED, ("/m/fc/base_layer/MatMul", "/m/fc/MatMul", "/m/fc/MatMul_1/MatMulAddFusion/")))
     assert (site.name, site.adapter) == ("fc", "")
 
 
@@ -236,6 +236,22 @@ def test_a_dora_on_a_base_that_cannot_be_read_is_refused_with_the_way_out(tmp_pa
     )  # fmt: skip
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     refused(proto, tmp_path, r"up: the weight of MatMulNBits at node 'node_add_14'|Quantize after the extraction")
+
+
+def test_a_dora_whose_magnitude_is_the_norm_as_it_is_first_still_takes_others_that_shift(tmp_path):
+    text = (
+        "m = Gemm(x, W, c)\n o = Sub(m, c)\n g = Mul(none, o)\n p = Gemm(x, A)\n b = Gemm(p, B)\n s = Mul(one, b)\n"
+        " d = Add(g, s)\n y = Add(m, d)"
+    )
+    proto = model(text, W=(D_IN, D_OUT), c=(D_OUT,), A=(D_IN, 2), B=(2, D_OUT), none=(1, D_OUT), one=(1, D_OUT))
+    for tensor in proto.graph.initializer:
+        if tensor.name in {"none", "one"}:
+            tensor.CopyFrom(numpy_helper.from_array(np.full((1, D_OUT), tensor.name == "one", np.float32), tensor.name))
+    names = {side: f"{ROOT}.fc.lora_{side}.default.weight" for side in "AB"}
+    node = proto.graph.node[5]
+    node.metadata_props.add(key=NAME_SCOPES, value=str(["", f"{ROOT}.fc.lora_magnitude_vector.default", "mul"]))
+    out = extract_adapters(renamed(proto, W=f"{ROOT}.fc.base_layer.weight", **names), tmp_path, make_inputs=True)
+    assert [(site.kind, set(site.ports)) for site in out.sites] == [("dora", {"lora_A", "lora_B", "gain", "shift"})]
 
 
 @pytest.mark.parametrize("name", ["dy_dora_llama_ort_basic", "dy_dora_normed_stripped"])
