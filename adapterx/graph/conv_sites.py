@@ -30,7 +30,7 @@ def find_convs(model: ir.Model, _: Sequence[Base]) -> list[Exported]:
             continue
         value, inner = scaled(b.x)
         a = _convolution(value.producer())
-        if a is not None and a.addend is None and _group(a.node) == 1 and a.d_out == b.d_in * _group(node):
+        if a is not None and a.addend is None and group_of(a.node) == 1 and a.d_out == b.d_in * group_of(node):
             factors.append((a, b, inner))
     heads = {a.node for a, _, _ in factors}
     met = (branch_between(a, b, inner=inner, heads=heads) for a, b, inner in factors)
@@ -52,7 +52,8 @@ def _convolution(node: ir.Node | None) -> Linear | None:
     return Linear(node=node, x=x, weight=weight, flipped=True, addend=addend)
 
 
-def _group(node: ir.Node) -> int:
+def group_of(node: ir.Node) -> int:
+    """Into how many groups a convolution divides its channels."""
     return int(attribute(node, "group", 1))
 
 
@@ -62,10 +63,10 @@ def _is_beside_its_base(branch: Branch) -> bool:
     if node is None or base is None or base.kind != "conv" or branch.refolded or not is_op(branch.join, "Add"):
         return False
     kernel = branch.a.weight.shape[2:]
-    return kernel == base.kernel and _placing(branch.a.node, len(kernel)) == _placing(node, len(kernel))
+    return kernel == base.kernel and placing(branch.a.node, len(kernel)) == placing(node, len(kernel))
 
 
-def _placing(node: ir.Node, axes: int) -> list[object]:
+def placing(node: ir.Node, axes: int) -> list[object]:
     """Everything that says where a convolution of ``node`` puts its kernel."""
     automatic = node.attributes.get_string("auto_pad", "NOTSET")
     given: list[object] = [automatic]

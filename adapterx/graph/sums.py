@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
@@ -28,12 +29,12 @@ _ONE = np.ones((), np.float32)
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
-    """One constant matrix that something is multiplied with.
+    """One constant matrix that something is multiplied with, or the kernel of a convolution.
 
     Args:
         node: the product
         weight: its operand
-        read: gives ``[d_in, d_out]`` in float32
+        read: gives ``[d_in, d_out]`` in float32; of a convolution ``[c_out, c_in / groups, *kernel]``
         dtype: of the matrix in the graph
     """
 
@@ -156,6 +157,7 @@ class _Reader:
 
     def __init__(self, base: Base, value: ir.Value, join: ir.Node, folding: Folding) -> None:
         self._value, self._join, self._folding = value, join, folding
+        self._axes = len(base.kernel)
         self._x = source(base.x)
 
     def terms(self, slot: int) -> list[_Term] | None:
@@ -217,12 +219,17 @@ class _Reader:
     def _vector(self, value: ir.Value) -> Array | None:
         """A scalar ``[]``, or one number per feature ``[d]``."""
         tensor = ir.convenience.get_const_tensor(value)
-        if tensor is not None and tensor.size > 1 and tensor.size != tensor.shape[-1]:
+        if tensor is not None and not self._is_vector(tuple(int(size) for size in tensor.shape.numpy())):
             return None
         array = self._folding.array(value)
         if array.size == 1:
             return array.reshape(()).astype(np.float32)
-        return array.reshape(-1) if array.shape[-1] == array.size else None
+        return array.reshape(-1) if self._is_vector(array.shape) else None
+
+    def _is_vector(self, shape: tuple[int, ...]) -> bool:
+        """Features come last; channels come before the axes of the picture."""
+        size = math.prod(shape)
+        return size == 1 or (len(shape) > self._axes and shape[len(shape) - 1 - self._axes] == size)
 
     def chain(self, value: ir.Value | None, factor: Array) -> Chain | None:
         """``value`` as a :class:`Chain` from what the base reads, ``factor`` behind it."""
@@ -248,6 +255,8 @@ class _Reader:
 
     def _matrix(self, value: ir.Value) -> tuple[Matrix, ir.Value] | None:
         """The matrix that ``value`` is a product with, and the other operand."""
+        if self._axes:
+            return self._kernel(value)
         for one in _product_nodes(value):
             found = any_linear(one)
             if (
@@ -266,6 +275,15 @@ class _Reader:
         array = functools.partial(self._computed, node, weight)
         matrix = Matrix(node, weight, array, self._folding.dtype(weight))
         return (matrix, x) if self._adds_the_base(*rest) else None
+
+    def _kernel(self, value: ir.Value) -> tuple[Matrix, ir.Value] | None:
+        node = value.producer()
+        if node is None or not is_op(node, "Conv") or any(node.inputs[2:]):
+            return None
+        x, weight = node.inputs[:2]
+        if x is None or weight is None or not self._folding.holds(weight) or self._folding.holds(x):
+            return None
+        return Matrix(node, weight, functools.partial(self._folding.array, weight), self._folding.dtype(weight)), x
 
     def _is_linear(self, node: ir.Node) -> bool:
         """Nothing is on top of the product, but where all comes together: what is there comes after it."""

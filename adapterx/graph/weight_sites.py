@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from adapterx.adapter import GAIN, SHIFT, Array, LowRank
 from adapterx.graph.bases import Base
+from adapterx.graph.conv_sites import group_of, placing
 from adapterx.graph.evidence import Evidence, evidence
 from adapterx.graph.exported import Exported
 from adapterx.graph.folded import Folding
@@ -22,11 +23,13 @@ from adapterx.graph.hadamard import hadamard
 from adapterx.graph.identity import Identity, agreed
 from adapterx.graph.paths import Paths
 from adapterx.graph.sums import Chain, Sum, find_sums
+from adapterx.kinds.conv import spread
 from adapterx.kinds.lora import cast, of_delta
 from adapterx.site import Kind
 
 # Norm and quotient are rounded in the graph's own type.
 _SAME_RATIO = 1e-2
+_MATRIX = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +49,7 @@ def find_weight_changes(model: ir.Model, bases: Sequence[Base]) -> list[Exported
     folding = Folding(model)
     met = []
     for base in bases:
-        for i, one in enumerate(find_sums(base, folding) if base.kind == "linear" else ()):
+        for i, one in enumerate(() if base.kind == "embedding" else find_sums(base, folding)):
             told = evidence(base, one.join, one.nodes, folding)
             kind = _kind(one, told, first=i == 0)
             if kind is not None:
@@ -77,7 +80,7 @@ def _exported(one: _Met, who: Identity | None, folding: Folding) -> Exported:
 
 def _kind(one: Sum, told: Evidence, *, first: bool) -> Kind | None:
     """What ``one`` can only be; ``None`` for plain LoRA, and for what is no adapter."""
-    if len(one.chains) != 1:
+    if len(one.chains) != 1 or not _goes_where_the_base_goes(one):
         return None
     chain = one.chains[0]
     plain = bool((one.gain == 1).all()) and not one.shift.any()
@@ -90,6 +93,18 @@ def _kind(one: Sum, told: Evidence, *, first: bool) -> Kind | None:
             # The base's own name says no more than that PEFT wrapped it: then the adapter is what comes first.
             return "loha" if told.speaks_of("hada_") else "lokr" if told.speaks_of("lokr_") else "lora"
     return None
+
+
+def _goes_where_the_base_goes(one: Sum) -> bool:
+    """A convolution has the base's kernel, strides and pads; one that follows it looks at single points."""
+    kernel = one.base.kernel
+    if not kernel:
+        return True
+    axes, chain = len(kernel), one.chains[0]
+    first, *others = [(matrix.node, matrix.read().shape[2:]) for matrix in chain.matrices]
+    point = (1,) * axes
+    same = first[1] == kernel and placing(first[0], axes) == placing(one.base.op, axes) and group_of(first[0]) == 1
+    return same and chain.factors[0].ndim == 0 and all(shape == point for _, shape in others)
 
 
 def _is_normed(gain: Array, behind: Array) -> bool:
@@ -106,10 +121,8 @@ def _change(one: _Met, folding: Folding) -> tuple[LowRank, float]:
     dtype = chain.matrices[0].dtype.numpy()
     if len(chain.matrices) == 1:
         return _delta(chain, folding)
-    before, between, behind = chain.factors
-    first, second = chain.matrices
-    a = (first.read() * before.reshape(-1, 1) * between).T
-    b = second.read() * behind
+    behind = chain.factors[-1]
+    a, b = _low_rank(chain)
     parts: dict[str, Array] = {}
     if one.kind == "dora":
         d_out = b.shape[1]
@@ -122,8 +135,18 @@ def _change(one: _Met, folding: Folding) -> tuple[LowRank, float]:
     return LowRank(a=cast(a, dtype, "a"), b=cast(b, dtype, "b"), parts=cut), scale
 
 
+def _low_rank(chain: Chain) -> tuple[Array, Array]:
+    """``a`` ``[r, d_in]`` and ``b`` ``[r, d_out]`` of two products, with the factors around them."""
+    before, between, behind = chain.factors
+    first, second = (matrix.read() for matrix in chain.matrices)
+    if first.ndim > _MATRIX:
+        ranks = between.reshape(-1, *[1] * (first.ndim - 1)) if between.ndim else between
+        return first * before * ranks, spread(second, len(first)) * behind
+    return (first * before.reshape(-1, 1) * between).T, second * behind
+
+
 def _delta(chain: Chain, folding: Folding) -> tuple[LowRank, float]:
-    """One matrix ``[d_in, d_out]``: as products where the graph still has them, else at full rank."""
+    """One matrix: as products where the graph still has them, else at full rank."""
     [matrix], (before, behind) = chain.matrices, chain.factors
     dtype = matrix.dtype.numpy()
     found = hadamard(matrix, folding) if before.ndim == 0 and behind.ndim == 0 else None
@@ -132,5 +155,9 @@ def _delta(chain: Chain, folding: Folding) -> tuple[LowRank, float]:
         factor = float(before * behind)
         b = cast(low_rank.b * np.float32(factor), dtype, "b")
         return LowRank(a=cast(low_rank.a, dtype, "a"), b=b), scale * factor
-    delta = (matrix.read() * before.reshape(-1, 1) * behind).T
-    return of_delta(cast(delta, dtype, "the change"), dtype), 1.0
+    delta = matrix.read()
+    if delta.ndim > _MATRIX:
+        b = np.diag(np.broadcast_to(behind, len(delta)))
+        return LowRank(a=cast(delta * before, dtype, "a"), b=cast(b, dtype, "b")), 1.0
+    whole = (delta * before.reshape(-1, 1) * behind).T
+    return of_delta(cast(whole, dtype, "the change"), dtype), 1.0

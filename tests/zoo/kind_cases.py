@@ -18,6 +18,7 @@ LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 # As PEFT loads a saved prompt of any kind: no encoder, one tensor.
 LOADED = (("inference_mode", True),)
 BY_FOUR = (("decompose_factor", 4),)
+PICTURES, SECOND_CONV = ("conv1", "conv2", "fc"), (("feedforward_modules", ["conv2"]),)
 TWICE, FORWARD = ("stem", "block"), (("feedforward_modules", ["block"]),)
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TWO = "a is both at once; default and style are each alone"
@@ -65,6 +66,9 @@ KINDS = (
         Case("ia3_repeated", "repeated", Lora(TWICE, kind="ia3", extra=FORWARD), kind="ia3", note=REPEATED),
         Case("dora_repeated", "repeated", Lora(TWICE, kind="dora"), kind="dora", note=REPEATED),
         Case("vera_repeated", "repeated", Lora(TWICE, kind="vera"), kind="vera", note=REPEATED),
+        Case("dora_conv", "pictures", Lora(PICTURES, kind="dora"), kind="dora"),
+        Case("loha_conv", "pictures", Lora(PICTURES, kind="loha"), kind="loha"),
+        Case("ia3_conv", "pictures", Lora(PICTURES, kind="ia3", extra=SECOND_CONV), kind="ia3"),
         Case("adalora_normed", "normed", Lora(NORMED, kind="adalora"), kind="adalora"),
         Case("prompt", "llama_short", Lora((), kind="prompt", task_type="CAUSAL_LM"), kind="prompt"),
         Case("prefix", "llama_short", Lora((), kind="prefix", task_type="CAUSAL_LM"), kind="prefix"),
@@ -78,6 +82,7 @@ KINDS = (
     Case("dy_lokr", "mlp", Lora(MLP, kind="lokr"), "dynamo", kind="lokr"),
     Case("dy_lokr_normed", "normed", Lora(NORMED, kind="lokr", extra=BY_FOUR), "dynamo", kind="lokr"),
     Case("dy_lokr_both", "mlp", Lora(MLP, r=2, kind="lokr", extra=(("decompose_both", True),)), "dynamo", kind="lokr"),
+    Case("dy_lokr_conv", "pictures", Lora(PICTURES, kind="lokr"), "dynamo", kind="lokr"),
     Case("ts_dora_llama_ort_basic", source="ts_dora_llama", post=("ort_basic",), kind="dora"),
     Case("dy_dora_llama_ort_basic", source="dy_dora_llama", post=("ort_basic",), needs_adapter=True, kind="dora"),
     Case("dy_embedding_ort_basic", source="dy_embedding", post=("ort_basic",), needs_adapter=True, kind="embedding"),
