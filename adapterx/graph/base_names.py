@@ -42,6 +42,8 @@ _NUMBER = re.compile(r"_\d+(?=\.|$)")
 _HEADS = frozenset({"lm_head", "embed_out", "output_projection"})
 # Fusions that take the bias of the layer before them: operator -> its slot.
 _TAKES_BIAS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3, "BiasGelu": 1, "FastGelu": 1}
+# And those that add up the biases of several layers, or have no name of theirs.
+_ADDS_LATER = {**_TAKES_BIAS, "MultiHeadAttention": 3, "BiasDropout": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
 # What stands between a port and the node where it meets the base: operator -> the slot that leads to the port.
 _TO_PORT = {"Unsqueeze": 0, "Transpose": 0, "MatMul": 1, "Conv": 1}
 _BEHIND = tuple(port for port in PORTS if port != INPUT_GAIN)
@@ -162,6 +164,19 @@ def absorbed_bias(output: ir.Value) -> ir.Value | None:
         return None
     slot = _TAKES_BIAS[node.op_type]
     return node.inputs[slot] if len(node.inputs) > slot else None
+
+
+def gets_bias_later(output: ir.Value) -> bool:
+    """Whether a fused operation that reads ``output`` adds a bias, which then may be that of the layer."""
+    values = [output]
+    for value in values:
+        for node, _ in value.uses():
+            slot = _ADDS_LATER.get(node.op_type) if node.domain == MICROSOFT else None
+            if slot is not None and len(node.inputs) > slot and node.inputs[slot] is not None:
+                return True
+            if is_op(node, *SAME_VALUE, *SAME_ROWS):
+                values.append(node.outputs[0])
+    return False
 
 
 def _canonical(claim: _Claim, paths: Paths) -> _Claim:

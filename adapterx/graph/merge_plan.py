@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from adapterx.adapter import PROMPT, Adapter, Array, LowRank
+from adapterx.adapter import MAGNITUDE, PROMPT, WHOLE_BIAS, Adapter, Array, LowRank
 from adapterx.base_weight import read_weight
 from adapterx.errors import MismatchError, nearest
 from adapterx.fused import fused_sites, joined, parts_of_fused, split
+from adapterx.graph.base_names import gets_bias_later
 from adapterx.graph.bases import Base
 from adapterx.graph.operations import factor_of
 from adapterx.graph.stored import tensor_reader
+from adapterx.graph.targets import FOLDED
 from adapterx.graph.weights import read
 from adapterx.kinds import shaped
 from adapterx.kinds.merged import Merger, merger
@@ -74,12 +76,15 @@ def plan(bases: Iterable[Base], values: Mapping[str, ir.Value], request: Request
         MismatchError: sites that the model does not have, or that do not fit; all faults at once.
     """
     by_name: dict[str, list[Base]] = defaultdict(list)
+    folded: set[str] = set()
     for base in bases:
+        if base.folded:
+            folded.add(base.folded)
         if base.name:
             by_name[base.name].append(base)
     faults: list[tuple[str, str]] = []
     planned: list[Planned] = []
-    for name, change in _changes(by_name, request, faults).items():
+    for name, change in _changes(by_name, folded, request, faults).items():
         for base in by_name[name]:
             try:
                 done = _merger(base, change, values, request)
@@ -106,7 +111,7 @@ def _message(adapter: Adapter, faults: list[tuple[str, str]], known: Mapping[str
 
 
 def _changes(
-    by_name: Mapping[str, Sequence[Base]], request: Request, faults: list[tuple[str, str]]
+    by_name: Mapping[str, Sequence[Base]], folded: Collection[str], request: Request, faults: list[tuple[str, str]]
 ) -> dict[str, LowRank]:
     """Changes by the name of the base; those of fused layers cut or put together."""
     sites = {name: _site(members[0]) for name, members in by_name.items()}
@@ -115,7 +120,7 @@ def _changes(
     shapes = dict.fromkeys({*fused, *parts}) | {name: site.shape for name, site in sites.items()}
     adapter = for_model(request.adapter, shapes)
     given = [name for name in adapter.sites if name not in request.elsewhere]
-    rename = renaming(given, [*sites, *fused, *parts])
+    rename = renaming(given, [*sites, *fused, *parts, *folded])
     peft_type = adapter.metadata.get("peft_type", "")
     found: dict[str, LowRank] = {}
     to_join: dict[str, dict[str, LowRank]] = defaultdict(dict)
@@ -132,6 +137,8 @@ def _changes(
             to_join[parts[name]][name.rpartition(".")[2]] = change
         elif name in fused:
             found |= _cut(original, change, fused[name], faults)
+        elif name in folded:
+            faults.append((original, f"the module has {FOLDED}"))
         elif not request.partial:
             faults.append((original, f"the model has no such module{nearest(original, sites)}"))
     for name, members in to_join.items():
@@ -194,7 +201,7 @@ def _merger(base: Base, change: LowRank, values: Mapping[str, ir.Value], request
     )
     if done.changes_weight and ref.storage in _READ_ONLY:
         raise ValueError(f"its weight is in {ref.storage}, which can be read but not written")
-    _refuse_odd_bias(base, done, bias)
+    _refuse_odd_bias(base, change, done, bias)
     if not request.undo:
         return done
     if not change.is_relative:
@@ -218,7 +225,7 @@ def _bias(base: Base) -> Array | None:
     return np.asarray(np.broadcast_to(found, base.d_out) if found.size == 1 else found)
 
 
-def _refuse_odd_bias(base: Base, done: Merger, bias: Array | None) -> None:
+def _refuse_odd_bias(base: Base, change: LowRank, done: Merger, bias: Array | None) -> None:
     if done.shift is not None and bias is None and not base.pure:
         raise ValueError(
             f"it shifts the output, and {base.op.op_type} gives more than a product that a bias could be added to"
@@ -230,8 +237,10 @@ def _refuse_odd_bias(base: Base, done: Merger, bias: Array | None) -> None:
         )
     if done.changes_bias and _bias_dtype(base) in _CODES:
         raise ValueError(f"it changes the bias, which is quantized ({_bias_dtype(base)})")
-    user = next((use.node for use in base.output.uses()), None)
-    if done.gain is not None and bias is None and user is not None and "Skip" in user.op_type:
+    # DoRA multiplies the product and leaves the bias, wherever that is.
+    scales = done.gain is not None and MAGNITUDE not in change.parts
+    if (scales or WHOLE_BIAS in change.parts) and bias is None and gets_bias_later(base.output):
         raise ValueError(
-            f"it scales the output, and a bias may be part of {user.op_type} after it; export without that fusion"
+            "it changes the bias, which an optimizer made part of the operation after this one; merge into the export, "
+            "then optimize"
         )

@@ -21,7 +21,7 @@ from adapterx.adapter import (
 from adapterx.errors import MismatchError, nearest
 from adapterx.fused import joined
 from adapterx.graph.apart import is_activated
-from adapterx.graph.base_names import absorbed_bias
+from adapterx.graph.base_names import gets_bias_later
 from adapterx.graph.bases import Base
 from adapterx.graph.fingerprint import fingerprint_of
 from adapterx.graph.operations import factor_of
@@ -131,11 +131,12 @@ def plan_for_adapters(modules: Modules, adapters: Mapping[str, Adapter], *, wher
         aims = _Aims.of(adapter, modules)
         named = aims.naming if named is None else named
         faults = list(aims.faults)
+        lost = aims.absent
         if partial and aims.needs:
-            elsewhere += [site for site in aims.absent if site not in elsewhere]
-        else:
-            lost = list(aims.absent.items())
-            faults += [f"{site}: {_absent(target, modules)}" for site, target in lost[:_SHOWN]]
+            # What is here, and cannot take an adapter, is in no other file.
+            lost = {site: target for site, target in lost.items() if target in modules.folded}
+            elsewhere += [site for site in aims.absent if site not in lost and site not in elsewhere]
+        faults += [f"{site}: {_absent(target, modules)}" for site, target in list(lost.items())[:_SHOWN]]
         faults += _other_base(adapter, aims, modules)
         if faults:
             raise MismatchError(_message(label, faults, adapter, where=where, note=modules.about_unnamed()))
@@ -323,7 +324,7 @@ def _cannot(base: Base, ports: Collection[str]) -> str:
     """Why ports of gains and shifts cannot be put around ``base``, or ``""``."""
     if not ports:
         return "this kind of adapter changes nothing there"
-    if {GAIN, SHIFT} & set(ports) and absorbed_bias(base.output) is not None:
+    if {GAIN, SHIFT} & set(ports) and base.bias is None and gets_bias_later(base.output):
         return (
             "an optimizer moved its bias into the next node, so its whole result is nowhere in the graph; inject into "
             "the export, then optimize"

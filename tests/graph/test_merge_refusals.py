@@ -1,14 +1,24 @@
 """What cannot be merged is refused with the reason, before anything is written."""
 
+import math
+
 import numpy as np
+import onnx
 import pytest
 
 from adapterx.adapter import Adapter, LowRank
 from adapterx.errors import MismatchError, ModelError, OptionError
 from adapterx.formats import load_adapter
+from adapterx.graph.inject import inject_adapters
 from adapterx.graph.merge import merge_adapter
+from tests.graph import base_models
+from tests.graph.base_models import C, W, floats
 from tests.graph.merging import assert_outputs, ported, run
 from tests.zoo import build
+
+
+def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
 
 
 def change(d_in, d_out, rank=1):
@@ -72,3 +82,50 @@ def test_numbers_beyond_float16_are_refused(tmp_path):
     with pytest.raises(ModelError, match="beyond float16"):
         merge_adapter(model, Adapter({name: huge}), tmp_path / "merged.onnx")
     assert not (tmp_path / "merged.onnx").exists()
+
+
+LATER = {
+    "BiasGelu": "y = com.microsoft.BiasGelu(m, c)",
+    "SkipLayerNormalization": "y = com.microsoft.SkipLayerNormalization(r, m, g, g, c)",
+    "MultiHeadAttention": "y = com.microsoft.MultiHeadAttention<num_heads=2>(m, m, m, c3)",
+}
+
+
+@pytest.mark.parametrize("operator", LATER)
+@pytest.mark.parametrize("part", ["gain", "whole_bias"])
+def test_a_bias_that_a_later_operation_adds_cannot_be_changed(operator, part, tmp_path):
+    body = f"m = MatMul(x, w)\nr = MatMul(x, v)\n{LATER[operator]}"
+    tensors = {"w": W, "v": W, "c": C, "g": C, "c3": np.tile(C, 3)}
+    model = base_models.proto(body, tensors, outputs="float[n,t,24] y", names={"w": "fc.weight", "v": "other.weight"})
+    one = LowRank(a=np.zeros((0, 32), np.float32), b=np.zeros((0, 24), np.float32), parts={part: C[None]})
+    with pytest.raises(MismatchError, match="fc: it changes the bias, which an optimizer made part of"):
+        merge_adapter(model, Adapter({"fc": one}), tmp_path / "merged.onnx")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MismatchError, match="fc: an optimizer moved its bias"):
+        inject_adapters(model, tmp_path / "out", adapter=Adapter({"fc": one}))
+
+
+def test_dora_leaves_a_bias_that_a_later_operation_adds(tmp_path):
+    model = base_models.proto("m = MatMul(x, w)\ny = com.microsoft.BiasGelu(m, c)", {"w": W, "c": C},
+                              outputs="float[n,t,24] y", names={"w": "fc.weight"})  # fmt: skip
+    one = LowRank(a=floats(2, 32), b=floats(2, 24), parts={"magnitude": 1 + floats(1, 24) ** 2})
+    merge_adapter(model, Adapter({"fc": one}), tmp_path / "merged.onnx")
+    whole = W.T + one.b.T @ one.a
+    x, want = floats(2, 3, 32), one.parts["magnitude"].T * whole / np.linalg.norm(whole, axis=1, keepdims=True)
+    merged = onnx.load(tmp_path / "merged.onnx")
+    assert_outputs(run(tmp_path / "merged.onnx", {"x": x}), [gelu(x @ want.T + C)], 1e-3)
+    assert [tensor.name for tensor in merged.graph.initializer] == ["fc.weight", "c"]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_module_with_a_normalization_folded_in_is_refused_by_its_name(partial, tmp_path):
+    names = {"w": "fc.weight", "c": "fc.bias", "v": "head.weight"}
+    body = "getitem = Gemm(x, w, c)\nh = Relu(getitem)\ny = Gemm(h, v)"
+    tensors = {"w": W, "c": C, "v": floats(24, 5)}
+    model = base_models.proto(body, tensors, inputs="float[n,32] x", outputs="float[n,5] y", names=names)
+    adapter = Adapter({"fc": change(32, 24), "head": change(24, 5)})
+    with pytest.raises(MismatchError, match="fc: the module has a normalization folded"):
+        merge_adapter(model, adapter, tmp_path / "merged.onnx", partial=partial)
+    with pytest.raises(MismatchError, match="fc: the module has a normalization folded"):
+        inject_adapters(model, tmp_path / "out", adapter=adapter, partial=partial)
+    assert list(tmp_path.iterdir()) == []
