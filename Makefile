@@ -39,6 +39,10 @@ bench: $(VENV)/.dev
 	$(PY) bench/swap.py
 	$(PY) bench/feed.py
 	$(PY) bench/extract.py
+	$(PY) bench/inject.py
+	$(PY) bench/merge.py
+	$(PY) bench/convert.py
+	$(PY) bench/kinds.py
 
 clean:
 	rm -rf $(VENV) build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

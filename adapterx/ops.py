@@ -1,4 +1,4 @@
-"""LowRankAdd: the one formula of adapterx, as numpy and as an ONNX function, side by side; and RowVector, its little kin.
+"""LowRankAdd: the one formula of adapterx, as numpy and as an ONNX function, side by side; and RowVector beside it.
 
     y = base + ((x @ a.T) * mask) @ b          v = mask @ vectors
 
