@@ -3,9 +3,9 @@
     python bench/kinds.py
 
 Every model is exported with adapter a inside. It is extracted; then a, another adapter b, an adapter c of another rank
-and none are run and compared with PyTorch, and on quantized bases with ONNX Runtime on the same quantized base with that
-adapter exported in float. Outputs are of the order of one. The models are built on first use, which takes minutes, and
-needs the extra [dev].
+and none are run and compared with PyTorch, and on quantized bases with ONNX Runtime on the same quantized base with
+that adapter exported in float. Outputs are of the order of one. The models are built on first use, which takes minutes,
+and needs the extra [dev].
 """
 
 from __future__ import annotations
