@@ -24,6 +24,7 @@ FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 CLASS_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
 _MODULE_AND_OPERATION = 2
+_TUNER = re.compile(r"peft\.tuners\.(?P<tuner>\w+)\.")
 # torch.export's word, among the scopes, for operations that it made outside any module.
 NO_MODULE = "_empty_nn_module_stack"
 
@@ -141,10 +142,17 @@ def _by_name_scopes(factor: Linear, side: Side) -> Claim | None:
 
 def _by_join(branch: Branch) -> Claim | None:
     """The module in which the join was traced, where it is one of PEFT's layers."""
-    scopes, classes = (listed(branch.join.metadata_props.get(key)) for key in (NAME_SCOPES, CLASS_HIERARCHY))
-    if min(len(scopes), len(classes)) < _MODULE_AND_OPERATION or not classes[-2].startswith("peft.tuners."):
+    found = traced_in_peft(branch.join)
+    return None if found is None else Claim("name_scopes", found[0], "", branch.join)
+
+
+def traced_in_peft(node: ir.Node) -> tuple[str, str] | None:
+    """The module in which ``node`` was traced, and which of PEFT's tuners it is of (``ia3``); ``None`` for others."""
+    scopes, classes = (listed(node.metadata_props.get(key)) for key in (NAME_SCOPES, CLASS_HIERARCHY))
+    if min(len(scopes), len(classes)) < _MODULE_AND_OPERATION:
         return None
-    return Claim("name_scopes", scopes[-2], "", branch.join)
+    found = _TUNER.match(classes[-2])
+    return None if found is None else (scopes[-2], found["tuner"])
 
 
 def _by_base(branch: Branch) -> Claim | None:

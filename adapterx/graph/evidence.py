@@ -21,6 +21,7 @@ from adapterx.graph.claims import (
     base_layer_depth,
     listed,
     path_parts,
+    traced_in_peft,
 )
 from adapterx.graph.folded import Folding
 from adapterx.graph.operations import operation
@@ -42,12 +43,14 @@ class Evidence:
         parts: names of its tensors, as PEFT has them (``hada_w1_a``)
         wrapped: the module that holds base and adapter is the claim, by its own nodes, not by the base's weight
         silent: neither paths nor metadata are there that could tell otherwise
+        tuner: which of PEFT's tuners the adapter was traced in (``ia3``), ``""`` when nothing tells
     """
 
     claims: tuple[Claim, ...]
     parts: frozenset[str]
     wrapped: bool
     silent: bool
+    tuner: str
 
     def speaks_of(self, *starts: str) -> bool:
         """Whether a part's name starts so."""
@@ -65,12 +68,15 @@ def evidence(base: Base, join: ir.Node, nodes: Sequence[ir.Node], folding: Foldi
     """
     constants = list(dict.fromkeys(v for node in nodes for operand in node.inputs for v in folding.behind(operand)))
     told = (*_by_names(constants), *_by_origins(constants), *_by_scopes(nodes))
-    beside = (_by_common_scope(base, join), _by_node_path(base, join, nodes))
+    traced = traced_in_peft(join)
+    beside = (_by_scope(base, join, traced), _by_node_path(base, join, nodes))
     claims = [*(claim for claim, _ in told), beside[0], *_by_base(base), beside[1]]
     # One carrier may speak of several parts; it is one claim all the same.
     known = tuple({id(claim.carrier): claim for claim in reversed(claims) if claim is not None}.values())[::-1]
     silent = not listed(join.metadata_props.get(NAME_SCOPES)) and not _parts(join)
-    return Evidence(known, frozenset(part for _, part in told), bool(told or any(beside)), silent)
+    return Evidence(
+        known, frozenset(part for _, part in told), bool(told or any(beside)), silent, traced[1] if traced else ""
+    )
 
 
 def _by_names(constants: Iterable[ir.Value]) -> Iterator[tuple[Claim, str]]:
@@ -99,12 +105,13 @@ def _by_scopes(nodes: Iterable[ir.Node]) -> Iterator[tuple[Claim, str]]:
                 break
 
 
-def _by_common_scope(base: Base, join: ir.Node) -> Claim | None:
-    """The join was traced in the module whose ``base_layer`` the base operation is."""
+def _by_scope(base: Base, join: ir.Node, traced: tuple[str, str] | None) -> Claim | None:
+    """The join was traced in one of PEFT's layers, or in the module whose ``base_layer`` the base operation is."""
     inner, outer = (listed(node.metadata_props.get(NAME_SCOPES))[-2:-1] for node in (base.op, join))
-    if not inner or not outer or inner[0] != outer[0] + _WRAPPED:
+    if not outer or (traced is None and inner != [outer[0] + _WRAPPED]):
         return None
-    return Claim("name_scopes", outer[0], "", join)
+    # Of a base operation that a quantizer made, no scope is left to compare.
+    return Claim("name_scopes", outer[0], "", join) if inner in ([], [outer[0] + _WRAPPED]) else None
 
 
 def _by_base(base: Base) -> Iterator[Claim]:

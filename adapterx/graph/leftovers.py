@@ -26,6 +26,7 @@ def leftovers(
     found: Iterable[tuple[Branch, AdapterSite]],
     paths: Paths,
     theirs: Collection[ir.Node] = (),
+    others: Collection[str] = (),
 ) -> tuple[str, ...]:
     """One line for each thing that belongs to an adapter and is no site.
 
@@ -34,9 +35,12 @@ def leftovers(
         found: low-rank linear sites
         paths: of the model
         theirs: nodes that belong to sites of other kinds
+        others: names of those sites
     """
     pairs = list(found)
-    return (*_marked(model, pairs, theirs), *_wrapped_or_tuned(model, pairs, paths, theirs))
+    # Of nodes that a quantizer made, nothing but the site's name tells the module.
+    named = {*others, *(site.name for _, site in pairs)}
+    return (*_marked(model, pairs, theirs), *_wrapped_or_tuned(model, pairs, paths, theirs, named))
 
 
 def _marked(model: ir.Model, found: list[tuple[Branch, AdapterSite]], theirs: Collection[ir.Node]) -> list[str]:
@@ -80,14 +84,16 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _wrapped_or_tuned(
-    model: ir.Model, found: list[tuple[Branch, AdapterSite]], paths: Paths, theirs: Collection[ir.Node]
+    model: ir.Model,
+    found: list[tuple[Branch, AdapterSite]],
+    paths: Paths,
+    theirs: Collection[ir.Node],
+    named: Collection[str],
 ) -> list[str]:
     """Modules that PEFT wrapped or trained in full, by node paths and scopes, beside which no branch was found."""
     nodes = {node for b, _ in found for node in (b.a.node, b.b.node, b.base_op, b.join) if node is not None}
     adapters = {site.adapter for _, site in found if site.adapter}
     known = {module for node in (*nodes, *theirs) for module, _ in _modules(node, adapters)}
-    # Of nodes that a quantizer made, nothing but the site's name tells the module.
-    named = {site.name for _, site in found}
     lines: dict[str, str] = {}
     for node in all_nodes(model):
         for module, what in _modules(node, adapters):

@@ -131,7 +131,10 @@ def find(
         candidates = [branch for branch in left if _looks_like_adapter(branch)]
         left = [branch for branch in left if branch not in candidates]
         sites += [(b, site_of(b, f"structural.{i}", "", "structure")) for i, b in enumerate(candidates)]
-    unsupported = [*leftovers(model, sites, paths, others.nodes), *_nameless(others.left, sites, others.found)]
+    unsupported = [
+        *leftovers(model, sites, paths, others.nodes, {other.site.name for other in others.found}),
+        *_nameless(others.left, sites, others.found),
+    ]
     unsupported += [] if exported else _unnamed(sites, left)
     whole = take_biases(model, sites, others, exported)
     named, placed = _one_name(whole.sites, whole.others)

@@ -38,6 +38,11 @@ class _Met:
     told: Evidence
     kind: Kind
 
+    @property
+    def base_first(self) -> bool:
+        """The join adds something to the base, not the base to something."""
+        return self.sum.join.inputs[0] is self.sum.value
+
 
 def find_weight_changes(model: ir.Model, bases: Sequence[Base]) -> list[Exported]:
     """Every DoRA, VeRA, LoHa and LoKr of ``model``; without a module where nothing names it.
@@ -54,11 +59,22 @@ def find_weight_changes(model: ir.Model, bases: Sequence[Base]) -> list[Exported
             kind = _kind(one, told, first=i == 0)
             if kind is not None:
                 met.append(_Met(one, told, kind))
+    met = _one_a_join(met)
     if not met:
         return []
     places = [f"the {one.kind} at node {one.sum.join.name!r}" for one in met]
     who = agreed([one.told.claims for one in met], places, Paths.of(model), strict=False)
     return [_exported(one, identity, folding) for one, identity in zip(met, who, strict=True)]
+
+
+def _one_a_join(met: list[_Met]) -> list[_Met]:
+    """Of two matrices whose sum alone has a name, the second: PEFT adds its own to the base."""
+    best: dict[ir.Node, _Met] = {}
+    for one in met:
+        before = best.setdefault(one.sum.join, one)
+        if (bool(one.told.parts), one.base_first) > (bool(before.told.parts), before.base_first):
+            best[one.sum.join] = one
+    return [one for one in met if not one.told.claims or best[one.sum.join] is one]
 
 
 def _exported(one: _Met, who: Identity | None, folding: Folding) -> Exported:
@@ -91,7 +107,9 @@ def _kind(one: Sum, told: Evidence, *, first: bool) -> Kind | None:
             return "vera"
         case 1 if plain and (told.wrapped or (first and (told.claims or told.silent))):
             # The base's own name says no more than that PEFT wrapped it: then the adapter is what comes first.
-            return "loha" if told.speaks_of("hada_") else "lokr" if told.speaks_of("lokr_") else "lora"
+            if told.speaks_of("hada_") or told.tuner == "loha":
+                return "loha"
+            return "lokr" if told.speaks_of("lokr_") or told.tuner == "lokr" else "lora"
     return None
 
 
