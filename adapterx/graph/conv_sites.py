@@ -13,7 +13,7 @@ from adapterx.graph.exported import Exported, exported_of
 from adapterx.graph.identity import Identity, identities
 from adapterx.graph.operations import operation
 from adapterx.graph.paths import Paths
-from adapterx.graph.view import Linear, all_nodes, attribute, constant, is_op, scaled
+from adapterx.graph.view import Linear, all_nodes, attribute, constant, is_op, is_zero, scaled
 from adapterx.kinds.conv import spread
 
 _LEAST_AXES = 3
@@ -49,7 +49,7 @@ def _convolution(node: ir.Node | None) -> Linear | None:
     if x is None or weight is None or len(weight.shape) < _LEAST_AXES:
         return None
     addend = node.inputs[2] if len(node.inputs) > 2 else None
-    return Linear(node=node, x=x, weight=weight, flipped=True, addend=addend)
+    return Linear(node=node, x=x, weight=weight, flipped=True, addend=None if is_zero(addend) else addend)
 
 
 def group_of(node: ir.Node) -> int:

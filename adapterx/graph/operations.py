@@ -11,7 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from adapterx.graph.view import MICROSOFT, SAME_VALUE, STANDARD, attribute, is_op
+from adapterx.graph.view import MICROSOFT, SAME_VALUE, STANDARD, attribute, is_op, is_zero
 
 Kind = Literal["linear", "conv", "embedding"]
 
@@ -150,6 +150,8 @@ def _operation(
     weight, x = tuple(_behind(node.inputs[slot])), node.inputs[1 - slot]
     if not weight or x is None or _behind(x):
         return None
+    if bias is not None and not _behind(bias) and is_zero(bias):
+        bias = None
     fixed = bias is None or bool(_behind(bias))
     floats = x if kind == "embedding" else _floats(x)
     return Operation(kind, floats, weight, *sizes, bias=bias if fixed else None, pure=fixed)

@@ -267,11 +267,14 @@ def linear(node: ir.Node) -> Linear | None:
         weight=weight,
         flipped=bool(attribute(node, "transB", 0)),
         factor=attribute(node, "alpha", 1.0),
-        addend=None if _is_zero(addend) else addend,
+        addend=None if is_zero(addend) else addend,
         addend_factor=attribute(node, "beta", 1.0),
     )
 
 
-def _is_zero(value: ir.Value | None) -> bool:
+def is_zero(value: ir.Value | None) -> bool:
+    """Whether ``value`` is absent, or constant zeros; also zeros that a run makes larger (dynamo's absent bias)."""
+    while value is not None and is_op(node := value.producer(), "Expand", *SAME_VALUE) and node is not None:
+        value = node.inputs[0]
     found = constant(value)
     return value is None or (found is not None and not np.any(read(found.tensor)))

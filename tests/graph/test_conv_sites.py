@@ -5,7 +5,9 @@ import pytest
 
 from adapterx.adapter import Adapter, LowRank
 from adapterx.errors import MismatchError, ModelError, NoAdaptersFound
+from adapterx.graph.bases import find_bases
 from adapterx.graph.extract import extract_adapters
+from adapterx.graph.load import load_model
 from adapterx.graph.sites import find_sites
 from adapterx.kinds.conv import spread
 from adapterx.runtime.session import AdapterSession
@@ -86,6 +88,18 @@ def test_a_bias_beside_b_becomes_a_shift(tmp_path):
     one = LowRank(a=change.sites["conv1"].a, b=change.sites["conv1"].b, parts={"shift": shift})
     given = model(tensors, body)
     assert_extracted(given, tmp_path, Adapter({**change.sites, "conv1": one}), expected(other, body))
+
+
+def test_zeros_that_the_run_makes_are_no_bias(tmp_path):
+    """What dynamo writes, unoptimized, where there is none."""
+    zeros = "    i0 = Cast<to=1>(nil)\n    n5 = Expand(i0, five)\n    n2 = Expand(i0, two)\n"
+    body = zeros + BODY.replace("(y1, w2)", "(y1, w2, n5)").replace("(x, a1)", "(x, a1, n2)")
+    body = body.replace("(l2, p2)", "(l2, p2, n5)").replace("(y1, a2)", "(y1, a2, n2)")
+    numbers = {"nil": np.int64(0), "five": np.array([5]), "two": np.array([2])}
+    given, other = model({**weights(2), **numbers}, body), weights(5, seed=2)
+    assert_extracted(given, tmp_path, adapter_of(other), expected(other))
+    bases = find_bases(load_model(given))
+    assert [(base.pure, base.bias is None) for base in bases] == [(True, False), (True, True)]
 
 
 def test_groups_of_b_read_their_own_ranks(tmp_path):
