@@ -22,3 +22,15 @@ def test_a_bench_measures_every_way_and_its_peer(script: str) -> None:
         assert result["peer"] in times
         assert any(way.startswith("adapterx") for way in times)
         assert all(value > 0 for value in times.values())
+
+
+def test_the_bench_of_kinds_finds_every_kind_exact() -> None:
+    command = [sys.executable, str(BENCH / "kinds.py"), "--quick", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads(run.stdout)
+    assert len(rows) >= 20
+    for kind, row in rows.items():
+        errors = {label: error for label, error in row.items() if label != "models"}
+        assert {"a", "b"} <= errors.keys()
+        assert max(errors.values()) < (2e-2 if "float16" in kind or "static" in kind else 1e-4), kind
