@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from adapterx.adapter import SHIFT, Adapter, LowRank
+from adapterx.adapter import SHIFT, WHOLE_WEIGHT, Adapter, LowRank
 from adapterx.errors import MismatchError, nearest
 from adapterx.graph.branches import Branch
 from adapterx.graph.quantized_linear import Codes
@@ -68,24 +68,37 @@ def match_to_adapter(
 
 def _renamed(branch: Branch, site: AdapterSite, adapter: Adapter) -> AdapterSite:
     """``site`` under the adapter's name for it."""
-    return dataclasses.replace(site, name=adapters_name(site.name, adapter, lambda one: _same_values(branch, one)))
+    name = adapters_name(site.name, adapter, (site.d_in, site.d_out), lambda one: _same_values(branch, one))
+    return dataclasses.replace(site, name=name)
 
 
-def adapters_name(name: str, adapter: Adapter, is_same: Callable[[LowRank], bool]) -> str:
+def adapters_name(name: str, adapter: Adapter, widths: tuple[int, int], is_same: Callable[[LowRank], bool]) -> str:
     """What ``adapter`` calls the site ``name``: the same path, or one that differs by leading parts only.
 
     Args:
         name: by the graph
         adapter: that was exported
+        widths: ``d_in`` and ``d_out`` of the site; 0 where nothing tells
         is_same: tells whether one of its sites has the values of this one
     """
     if name in adapter.sites:
         return name
-    alike = [other for other in adapter.sites if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    ends = [other for other in adapter.sites if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    # `fc` of one model is not `mlp.fc` of another.
+    alike = [other for other in ends if _is_as_wide(adapter.sites[other], widths)]
     if len(alike) > 1:
         # An encoder that was exported alone lost its prefix, and the decoder's modules end in the same words.
         alike = [other for other in alike if is_same(adapter.sites[other])]
     return alike[0] if len(alike) == 1 else name
+
+
+def _is_as_wide(change: LowRank, widths: tuple[int, int]) -> bool:
+    """A whole embedding lies the other way round."""
+    given = (change.d_in, change.d_out)
+    return any(
+        all(one == other or not (one and other) for one, other in zip(given, wanted, strict=True))
+        for wanted in (widths, widths[::-1])[: 1 + (WHOLE_WEIGHT in change.parts)]
+    )
 
 
 def _by_value(branches: list[Branch], sites: dict[str, LowRank]) -> tuple[list[Pair], list[Branch]]:

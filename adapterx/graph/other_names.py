@@ -41,7 +41,8 @@ def named(met: Sequence[Exported], paths: Paths, adapter: Adapter | None) -> tup
 
 
 def _adapters_name(name: str, one: Exported, adapter: Adapter) -> str:
-    return adapters_name(name, adapter, lambda change: _same(one.change, change))
+    widths = (one.change.d_in, one.change.d_out)
+    return adapters_name(name, adapter, widths, lambda change: _same(one.change, change))
 
 
 def _by_value(left: Sequence[Exported], sites: Mapping[str, LowRank]) -> list[tuple[Exported, str]]:

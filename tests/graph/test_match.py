@@ -166,6 +166,14 @@ def test_a_name_that_only_ends_in_the_same_letters_is_another():
         find_sites(model.proto, adapter=Adapter({"supermodel.up": sites["model.up"]}))
 
 
+@pytest.mark.parametrize("shape", [(8, 6), (6, 7)])
+def test_a_name_with_the_same_end_and_other_widths_is_another(shape):
+    """`up` of one model is not `mlp.up` of an adapter for another."""
+    a, b = (np.ones((2, width), np.float32) for width in shape)
+    with pytest.raises(MismatchError, match=r"encoder\.model\.up"):
+        find_sites(text_model((WIDE,)).proto, adapter=Adapter({"encoder.model.up": LowRank(a=a, b=b)}))
+
+
 def test_of_several_names_with_the_same_end_the_one_of_equal_values_is_taken():
     model = text_model((WIDE,))
     _, sites = anonymous(model)
