@@ -101,7 +101,8 @@ def _merged(model: ModelLike, request: Request, path: Path, *, keep_ports: bool)
     if manifest is None:
         _refuse_adapters(loaded, where)
     else:
-        request = dataclasses.replace(request, elsewhere=manifest.elsewhere)
+        required = {site.name: site for site in manifest.sites if site.name in manifest.required}
+        request = dataclasses.replace(request, elsewhere=manifest.elsewhere, required=required)
     values = weight_values(loaded)
     planned = plan(find_bases(loaded), values, request)
     if manifest is not None and not keep_ports:

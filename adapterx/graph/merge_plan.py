@@ -21,6 +21,7 @@ from adapterx.graph.targets import FOLDED
 from adapterx.graph.weights import read
 from adapterx.kinds import shaped
 from adapterx.kinds.merged import Merger, merger
+from adapterx.kinds.saved import needs_base
 from adapterx.pipeline import for_model
 from adapterx.renaming import renaming
 from adapterx.site import AdapterSite
@@ -55,6 +56,7 @@ class Request:
         undo: take it out of a model that it was merged into
         elsewhere: sites that the adapter may have and this file does not
         partial: any site may be in another file
+        required: sites whose base is not in the graph, by name
     """
 
     adapter: Adapter
@@ -62,6 +64,7 @@ class Request:
     undo: bool = False
     elsewhere: Sequence[str] = ()
     partial: bool = False
+    required: Mapping[str, AdapterSite] = dataclasses.field(default_factory=dict)
 
 
 def plan(bases: Iterable[Base], values: Mapping[str, ir.Value], request: Request) -> list[Planned]:
@@ -85,6 +88,9 @@ def plan(bases: Iterable[Base], values: Mapping[str, ir.Value], request: Request
     faults: list[tuple[str, str]] = []
     planned: list[Planned] = []
     for name, change in _changes(by_name, folded, request, faults).items():
+        if name in request.required and (lost := needs_base(change, request.required[name], request.adapter.metadata)):
+            faults.append((name, lost))
+            continue
         for base in by_name[name]:
             try:
                 done = _merger(base, change, values, request)

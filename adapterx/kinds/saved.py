@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adapterx.adapter import SHIFT, WHOLE_BIAS, WHOLE_WEIGHT, Array, LowRank
+from adapterx.adapter import PROMPT, SHIFT, WHOLE_BIAS, WHOLE_WEIGHT, Array, LowRank
 from adapterx.kinds.lora import cast, of_delta, wide
+from adapterx.site import AdapterSite
 
 KEYS = ("weight", "bias", "base_layer.bias")
+_OF_TRAINERS = frozenset({"peft", "kohya", "diffusers"})
 
 
 def read(tensors: Mapping[str, Array]) -> LowRank:
@@ -40,6 +42,25 @@ def read(tensors: Mapping[str, Array]) -> LowRank:
     if bias is not None:
         parts[WHOLE_BIAS] = bias.reshape(1, -1)
     return LowRank.of_parts(parts)
+
+
+def needs_base(change: LowRank, site: AdapterSite, metadata: Mapping[str, str]) -> str:
+    """Why ``change`` cannot act at a site whose base is not in the graph, or ``""``.
+
+    What a trainer wrote changes a base, unless it holds weight and bias whole. What was fitted to a model says how to
+    come from the zeros that the model has there.
+
+    Args:
+        change: as a reader made it
+        site: trained in full when it was exported
+        metadata: of the adapter
+    """
+    if metadata.get("format") not in _OF_TRAINERS or PROMPT in change.parts:
+        return ""
+    wanted = [WHOLE_WEIGHT] if site.kind == "saved" else []
+    wanted += [WHOLE_BIAS] if SHIFT in site.ports else []
+    lost = [part for part in wanted if part not in change.parts]
+    return f"adapter brings no {' and no '.join(lost)}, and the model has no base there" if lost else ""
 
 
 def lowered(change: LowRank, weight: Array | None, bias: Array | None) -> LowRank:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
 import numpy as np
@@ -15,6 +15,7 @@ from adapterx.errors import MismatchError, nearest
 from adapterx.formats.onnx_adapter import model_version
 from adapterx.fused import fused_sites, joined, parts_of_fused, split
 from adapterx.kinds import lowered, needs_weight, shaped
+from adapterx.kinds.saved import needs_base
 from adapterx.manifest import Manifest
 from adapterx.pipeline import for_model
 from adapterx.renaming import renaming
@@ -63,7 +64,8 @@ def fit(
     if here and len(here) < len(adapter.sites):
         adapter = Adapter({site: adapter.sites[site] for site in here}, adapter.metadata)
     lower = functools.partial(_lowered, manifest=manifest, bases=bases)
-    fitting = _fitted(adapter, manifest.sites, name=name, fixed=fixed, faults=faults, lower=lower)
+    required = frozenset(manifest.required)
+    fitting = _fitted(adapter, manifest.sites, name=name, fixed=fixed, faults=faults, lower=lower, required=required)
     table = by_name(manifest.sites)
     if faults := [
         _Fault(site, why) for site in manifest.required for why in _lacks(fitting.sites.get(site), table[site])
@@ -166,6 +168,7 @@ def _fitted(
     fixed: frozenset[str],
     faults: list[_Fault],
     lower: _Lower,
+    required: Collection[str] = (),
 ) -> Adapter:
     table = by_name(sites)
     fused = fused_sites(table)
@@ -177,6 +180,8 @@ def _fitted(
         parts = fused.get(target, (table[target],) if target in table else ())
         shaped = _shaped(low_rank, parts, adapter.metadata)
         causes = list(_causes(shaped, parts, fixed)) if parts else ["no such site"]
+        alone = (needs_base(shaped, part, adapter.metadata) for part in parts if part.name in required)
+        causes += [cause for cause in alone if cause]
         faults.extend(_Fault(given, cause) for cause in causes or _place(found, parts, shaped, lower))
     if faults:
         raise MismatchError(_message(name, faults, len(adapter.sites), [*table, *fused]))

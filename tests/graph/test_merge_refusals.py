@@ -9,8 +9,10 @@ import pytest
 from adapterx.adapter import Adapter, LowRank
 from adapterx.errors import MismatchError, ModelError, OptionError
 from adapterx.formats import load_adapter
+from adapterx.graph.extract import extract_adapters
 from adapterx.graph.inject import inject_adapters
 from adapterx.graph.merge import merge_adapter
+from adapterx.runtime.session import AdapterSession
 from tests.graph import base_models
 from tests.graph.base_models import C, W, floats
 from tests.graph.merging import assert_outputs, ported, run
@@ -129,3 +131,32 @@ def test_a_module_with_a_normalization_folded_in_is_refused_by_its_name(partial,
     with pytest.raises(MismatchError, match="fc: the module has a normalization folded"):
         inject_adapters(model, tmp_path / "out", adapter=adapter, partial=partial)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "widths", "said"),
+    [
+        ("ts_saved", "classifier", (48, 3), "classifier: adapter brings no whole_weight and no whole_bias"),
+        ("ts_bias", "fc1", (40, 56), "fc1: adapter brings no whole_bias"),
+    ],
+)
+@pytest.mark.parametrize("part", [{}, {"shift": 1.0}])
+def test_what_a_trainer_wrote_for_a_base_that_is_not_there_is_refused(name, site, widths, said, part, tmp_path):
+    """The extracted model has zeros in place of what was trained in full: LoRA beside them would be all there is."""
+    built = build(name)
+    out = extract_adapters(built.model, tmp_path / "out", make_inputs=True, adapter=built.adapters["a"])
+    whole = load_adapter(built.adapters["b"])
+    parts = {port: np.full((1, widths[1]), value, np.float32) for port, value in part.items()}
+    beside = LowRank(a=change(*widths).a, b=change(*widths).b, parts=parts)
+    other = Adapter({**whole.sites, site: beside}, whole.metadata)
+    assert other.metadata["format"] == "peft"
+    for keep_ports in (False, True):
+        with pytest.raises(MismatchError, match=said):
+            merge_adapter(out.model_path, other, tmp_path / "merged.onnx", keep_ports=keep_ports)
+    with pytest.raises(MismatchError, match=said):
+        AdapterSession(out.model_path, adapters={"other": other})
+    # What was fitted to this model says how to come from those zeros.
+    session = AdapterSession(out.model_path, adapters={"own": out.adapter})
+    assert_outputs(session.run(None, built.feeds, adapter="own"), built.expected["a"], 1e-4)
+    merge_adapter(out.model_path, out.adapter, tmp_path / "merged.onnx")
+    assert_outputs(run(tmp_path / "merged.onnx", built.feeds), built.expected["a"], 1e-4)
