@@ -104,6 +104,8 @@ class Manifest:
         bases: by site name, for sites that take gains and shifts
         kept: by site name, sites whose adapters stay quantized (external mode only); their rank is fixed, and their
             tensors lie in a file that is there, holding the exported adapter
+        batch: graph inputs whose axis 0 counts the rows of a batch
+        unmixed: by site name, why the rows of one batch cannot have different adapters there; one for all they can
     """
 
     sites: SiteTable
@@ -120,6 +122,8 @@ class Manifest:
     required: tuple[str, ...] = ()
     bases: Mapping[str, SiteBase] = dataclasses.field(default_factory=dict)
     kept: Mapping[str, Kept] = dataclasses.field(default_factory=dict)
+    batch: tuple[str, ...] = ()
+    unmixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def tensor_names(self) -> dict[str, tuple[str, ...]]:
         """Site name -> names of its tensors in adapter files, and in the graph where not packed."""
@@ -132,6 +136,7 @@ class Manifest:
         fields["packs"] = [dataclasses.asdict(pack) for pack in self.packs]
         fields["bases"] = {name: base.as_dict() for name, base in self.bases.items()}
         fields["kept"] = {name: kept.as_dict() for name, kept in self.kept.items()}
+        fields["unmixed"] = dict(self.unmixed)
         return json.dumps({"format_version": FORMAT_VERSION, **fields}, separators=(",", ":"))
 
     @classmethod
@@ -159,6 +164,8 @@ class Manifest:
             raw["packs"] = tuple(Pack(p["name"], p["side"], tuple(p["sites"])) for p in raw["packs"])
             raw["elsewhere"] = tuple(raw.get("elsewhere", ()))
             raw["required"] = tuple(raw.get("required", ()))
+            raw["batch"] = tuple(str(name) for name in raw.get("batch", ()))
+            raw["unmixed"] = {str(site): str(why) for site, why in raw.get("unmixed", {}).items()}
             raw["bases"] = _bases(raw.get("bases", {}))
             raw["kept"] = {name: _kept(kept) for name, kept in raw.get("kept", {}).items()}
             if raw["kept"].keys() - {site.name for site in raw["sites"]} or (raw["kept"] and raw["port"] != "external"):

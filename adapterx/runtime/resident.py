@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
-from adapterx.adapter import Adapter
+from adapterx.adapter import Adapter, Array
 from adapterx.runtime.inference import ort
 
 
@@ -25,11 +25,15 @@ class Resident:
         adapter: fitted; ``None`` is the base
         generation: counts every load of the session, so that no two are alike
         tensors: the feeds, empty where adapters are not fed
+        arrays: the same memory as numpy has it (on other devices the host's copy)
+        rank: the columns that it takes in a mask: the most rows of any site
     """
 
     adapter: Adapter | None
     generation: int
     tensors: Mapping[str, ort.OrtValue]
+    arrays: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    rank: int = 0
 
     @property
     def identity(self) -> Identity:
