@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from adapterx.adapter import GAIN, INPUT_GAIN, LORA_A, LORA_B, SHIFT
 from adapterx.errors import ModelError
+from adapterx.graph.masks import Masks
 from adapterx.graph.operations import factor_of
-from adapterx.graph.ports import Masks, Ports, onnx_dtype, reshaped
+from adapterx.graph.ports import Ports, onnx_dtype, reshaped
 from adapterx.graph.rows import entrance
 from adapterx.manifest import MASK, ROW_MASK
 from adapterx.ops import DOMAIN, LOW_RANK_ADD, ROW_VECTOR, VERSION

@@ -22,9 +22,10 @@ from adapterx.graph.calibration import refuse_calibrated
 from adapterx.graph.fingerprint import fingerprint_of
 from adapterx.graph.kept import into_file, is_quantized, keep
 from adapterx.graph.load import ModelLike, check_model, load_model
+from adapterx.graph.masks import Masks
 from adapterx.graph.other_kinds import Other
 from adapterx.graph.ported import Origin, give_ports
-from adapterx.graph.ports import Masks, PortOptions, Ports
+from adapterx.graph.ports import PortOptions, Ports
 from adapterx.graph.rewire import blank, bypass, bypass_exported, put_exported, rewire
 from adapterx.graph.save import save_model, staged, target_of
 from adapterx.graph.shapes import Shapes

@@ -18,9 +18,10 @@ from adapterx.graph.apart import is_activated, take_apart
 from adapterx.graph.attach import Place, attached, numbered
 from adapterx.graph.bases import Base, find_bases
 from adapterx.graph.load import ModelLike, check_model, load_model
+from adapterx.graph.masks import Masks
 from adapterx.graph.plan import Plan, plan_for_adapters, plan_for_modules
 from adapterx.graph.ported import Origin, give_ports
-from adapterx.graph.ports import Masks, PortOptions, Ports
+from adapterx.graph.ports import PortOptions, Ports
 from adapterx.graph.rewire import put_after
 from adapterx.graph.rows import folded_rows, unflattening
 from adapterx.graph.save import name_as_placed, save_model, staged, target_of

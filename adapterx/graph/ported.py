@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from adapterx.graph.ports import Masks, PortOptions, Ports, add_ports
+from adapterx.graph.masks import Masks
+from adapterx.graph.ports import PortOptions, Ports, add_ports
 from adapterx.manifest import KEY, MASK, Manifest, SiteBase
 from adapterx.ops import DOMAIN, VERSION, low_rank_add_function, row_vector_function
 from adapterx.site import VECTORS, AdapterSite, SiteTable

@@ -93,7 +93,7 @@ def _port(model: ir.Model, site: AdapterSite, port: str, options: PortOptions, *
     # A convolution to no channels at all is not defined alike everywhere: one of zeros does as well.
     least = 1 if site.kernel and port in LOW_RANK else 0
     optional = options.optional and site.name not in options.required
-    _add_input(model, value, (least if dynamic else rows, *width) if optional else None)
+    add_input(model, value, (least if dynamic else rows, *width) if optional else None)
     return value
 
 
@@ -104,7 +104,7 @@ def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options:
     rows = len(pack.sites) * first.rank
     value = ir.Value(name=pack.name, type=ir.TensorType(onnx_dtype(first)))
     value.shape = ir.Shape([f"{pack.name}.rows" if options.dynamic_rank else rows, width])
-    _add_input(model, value, ((0 if options.dynamic_rank else rows), width) if options.optional else None)
+    add_input(model, value, ((0 if options.dynamic_rank else rows), width) if options.optional else None)
     if len(pack.sites) == 1:
         return {pack.sites[0]: value}
     inputs, nodes = [value], []
@@ -129,7 +129,7 @@ def _equal_parts(model: ir.Model, value: ir.Value, count: int) -> list[ir.Node]:
     constants = []
     for what, number in numbers.items():
         tensor = ir.tensor(np.array(number, np.int64), name=f"{value.name}.{what}")
-        constants.append(_registered(model, tensor))
+        constants.append(registered(model, tensor))
     first, parts = constants
     shape = ir.node("Shape", [value], name=f"{value.name}.shape")
     rows = ir.node("Gather", [shape.outputs[0], first], name=f"{value.name}.rows")
@@ -154,88 +154,17 @@ def _packs(sites: list[AdapterSite]) -> tuple[Pack, ...]:
     return tuple(packs)
 
 
-class Masks:
-    """The mask inputs, and their forms for operands of other ranks and dtypes, each made once.
-
-    ``adapter_mask`` is ``[n, R]``. A site whose ``x`` is ``[n, t, d_in]`` needs it as ``[n, 1, R]``, a convolution as
-    ``[n, R, 1, 1]``. ``adapter_row_mask`` ``[n, K]``, for gains and shifts, is there only once it was asked for.
-    """
-
-    def __init__(self, model: ir.Model, *, as_input: bool) -> None:
-        self._model, self._as_input = model, as_input
-        self._inputs: dict[str, ir.Value] = {}
-        self._forms: dict[tuple[str, int, bool, ir.DataType], ir.Value] = {}
-        if as_input:
-            self._input(MASK)
-
-    @property
-    def row_mask(self) -> str | None:
-        """The name of the row mask input, if there is one."""
-        return ROW_MASK if ROW_MASK in self._inputs and self._as_input else None
-
-    def form(self, rank: int, dtype: ir.DataType, *, name: str = MASK, leading: bool = False) -> ir.Value:
-        """A mask for an operand of ``rank`` dimensions in ``dtype``.
-
-        Args:
-            rank: of the operand
-            dtype: of the operand
-            name: ``adapter_mask`` or ``adapter_row_mask``
-            leading: the mask's last axis meets the operand's second (the channels of a convolution), not its last
-        """
-        key = (name, rank, leading, dtype)
-        if key not in self._forms:
-            self._forms[key] = self._made(*key)
-        return self._forms[key]
-
-    def _input(self, name: str) -> ir.Value:
-        if name in self._inputs:
-            return self._inputs[name]
-        value = self._inputs[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
-        if self._as_input:
-            columns = "adapter_ranks" if name == MASK else "adapter_count"
-            value.shape = ir.Shape(["adapter_rows", columns])
-            _add_input(self._model, value, (1, 1), fill=1.0)
-        else:
-            value.shape = ir.Shape([1, 1])
-            value.const_value = ir.tensor(np.ones((1, 1), np.float32), name=name)
-            self._model.graph.register_initializer(value)
-        return value
-
-    def _made(self, name: str, rank: int, leading: bool, dtype: ir.DataType) -> ir.Value:
-        value, nodes = self._input(name), []
-        form = f"{name}.{rank}d" + ".leading" * leading
-        if rank > 2:
-            axes = list(range(2, rank)) if leading else list(range(1, rank - 1))
-            nodes.append(self._reshaped("Unsqueeze", value, axes, form))
-            value = nodes[-1].outputs[0]
-        elif rank == 1:
-            # One row without a batch axis.
-            nodes.append(self._reshaped("Squeeze", value, [0], form))
-            value = nodes[-1].outputs[0]
-        if dtype != ir.DataType.FLOAT:
-            form = f"{form}.{dtype.name.lower()}"
-            nodes.append(ir.node("Cast", [value], attributes={"to": dtype.value}, name=form))
-            value = nodes[-1].outputs[0]
-        if nodes:
-            value.name = form
-        prepend(self._model, nodes)
-        return value
-
-    def _reshaped(self, op_type: str, value: ir.Value, axes: list[int], name: str) -> ir.Node:
-        return reshaped(self._model, op_type, value, axes, name=name)
-
-
 def reshaped(model: ir.Model, op_type: str, value: ir.Value, axes: list[int], *, name: str) -> ir.Node:
     """A Squeeze or Unsqueeze, as the model's opset spells it; not yet in the graph."""
     if model.opset_imports.get("", 1) < 13:
         return ir.node(op_type, [value], attributes={"axes": axes}, name=name)
     where = model.graph.initializers.get(f"{name}.axes")
     if where is None:
-        where = _registered(model, ir.tensor(np.array(axes, np.int64), name=f"{name}.axes"))
+        where = registered(model, ir.tensor(np.array(axes, np.int64), name=f"{name}.axes"))
     return ir.node(op_type, [value, where], name=name)
 
 
-def _registered(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
+def registered(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
     """A new initializer."""
     shape = ir.Shape(tensor.shape.numpy())
     value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
@@ -243,7 +172,8 @@ def _registered(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _add_input(model: ir.Model, value: ir.Value, default: tuple[int, ...] | None, *, fill: float = 0.0) -> None:
+def add_input(model: ir.Model, value: ir.Value, default: tuple[int, ...] | None, *, fill: float = 0.0) -> None:
+    """A graph input, with a tensor of ``fill`` that stands in where it is not fed."""
     model.graph.inputs.append(value)
     if default is not None:
         # ORT lets an initializer with an input's name stand in when the input is not fed. Rank 0 makes it a matrix

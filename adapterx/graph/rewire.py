@@ -14,7 +14,8 @@ from adapterx.graph.apart import activation_after
 from adapterx.graph.attach import Place, attached, scaled_input
 from adapterx.graph.branches import SKIP_NORMS, Branch
 from adapterx.graph.exported import Exported, Operand
-from adapterx.graph.ports import Masks, Ports, prepend, reshaped
+from adapterx.graph.masks import Masks
+from adapterx.graph.ports import Ports, prepend, reshaped
 from adapterx.graph.shapes import Shapes
 from adapterx.graph.view import MICROSOFT, constant, is_op
 from adapterx.site import AdapterSite
