@@ -23,7 +23,8 @@ ROW_MASK = "adapter_row_mask"
 
 Port = Literal["input", "packed", "external"]
 
-_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+_DTYPES = _FLOATS | {"int8"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Pack:
 
     Args:
         name: the graph input, ``q_proj.lora_A.weight.packed``
-        side: ``lora_A`` or ``lora_B``
+        side: ``lora_A``, ``lora_B`` or ``lora_scale``
         sites: the members, in stacking order; all have the same shape
     """
 
@@ -127,7 +128,7 @@ class Manifest:
 
     def tensor_names(self) -> dict[str, tuple[str, ...]]:
         """Site name -> names of its tensors in adapter files, and in the graph where not packed."""
-        return {site.name: tuple(tensor_name(site.name, port) for port in site.ports) for site in self.sites}
+        return {site.name: tuple(tensor_name(site.name, port) for port in site.graph_ports) for site in self.sites}
 
     def dumps(self) -> str:
         """The JSON string that goes into the model."""
@@ -200,6 +201,8 @@ def _site(raw: dict[str, Any]) -> AdapterSite:
         raise ValueError(f"site {site.name!r} has ports {site.ports}")
     if site.dtype not in _DTYPES or not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"site {site.name!r} has dtype {site.dtype!r} and sizes {sizes}")
+    if site.x_dtype not in _FLOATS or (site.activations and not site.is_multiplied):
+        raise ValueError(f"site {site.name!r} has dtype {site.dtype!r} beside activations of {site.activations!r}")
     return site
 
 

@@ -22,6 +22,9 @@ LOW_RANK: Final = (LORA_A, LORA_B)
 PORTS: Final = (*LOW_RANK, GAIN, INPUT_GAIN, SHIFT, PROMPT)
 # A row an adapter; all other ports have a row a rank.
 VECTORS: Final = frozenset({GAIN, INPUT_GAIN, SHIFT})
+# Beside int8 codes, a row a rank: what those of `a`, and those of `b`, are multiplied with. No adapter brings it.
+LORA_SCALE: Final = "lora_scale"
+RANKED: Final = (*LOW_RANK, LORA_SCALE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,11 +40,13 @@ class AdapterSite:
         d_out: features that go out
         rank: rank in the graph; of an extracted model, of the adapter that was taken out; of a prompt its tokens
         scale: the factor that the graph applies after ``a`` and ``b`` (1.0 when it is absent or inside ``b``)
-        dtype: numpy name of the element type of ``a`` and ``b``
+        dtype: numpy name of the element type of ``a`` and ``b``; ``int8`` for codes with a scale for each of their rows
         name_source: what told the name; ``structure`` means that nothing did
         node: name of the node where adapter and base meet
         kernel: sizes of a convolution's kernel, else empty
         ports: what an adapter can bring here, some of :data:`PORTS` in their order
+        activations: numpy name of the element type of ``x``, and of all ports but ``a`` and ``b``; ``""`` where it is
+            ``dtype``, as it is wherever nothing else was asked for
     """
 
     name: str
@@ -57,6 +62,31 @@ class AdapterSite:
     node: str
     kernel: tuple[int, ...] = ()
     ports: tuple[str, ...] = LOW_RANK
+    activations: str = ""
+
+    @property
+    def x_dtype(self) -> str:
+        """Numpy name of the element type of ``x``."""
+        return self.activations or self.dtype
+
+    @property
+    def fitted_dtype(self) -> str:
+        """Numpy name of the element type of an adapter that was fitted: one that holds what every port gets."""
+        types = {self.dtype_of(port) for port in self.ports}
+        if types == {self.dtype} and self.dtype != "int8":
+            return self.dtype
+        return "float64" if "float64" in types else "float32"
+
+    @property
+    def graph_ports(self) -> tuple[str, ...]:
+        """What the graph takes here: :attr:`ports`, and the scales of codes."""
+        return (*self.ports, LORA_SCALE) if self.dtype == "int8" else self.ports
+
+    def dtype_of(self, port: str) -> str:
+        """Numpy name of the element type of ``port``."""
+        if port == LORA_SCALE:
+            return "float32"
+        return self.dtype if port in LOW_RANK else self.x_dtype
 
     def rows(self, port: str) -> int:
         """Rows of one adapter's tensor at ``port``: its rank, or the one row of a vector."""
@@ -66,12 +96,19 @@ class AdapterSite:
         """The dimensions of ``port`` after its rows."""
         if port == LORA_A:
             return self.d_in, *self.kernel
+        if port == LORA_SCALE:
+            return (2,)
         return (self.d_in,) if port == INPUT_GAIN else (self.d_out,)
 
     @property
     def is_embedding(self) -> bool:
         """Whether ids come in, not features."""
         return self.op in {"Gather", "GatherBlockQuantized"}
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether ``a`` and ``b`` come in through one ``LowRankAdd``: not at convolutions and embeddings."""
+        return LORA_A in self.ports and not self.kernel and not self.is_embedding
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -33,6 +33,7 @@ BOTTOM = frozenset(
         "packed_codes",
         "flattened",
         "pipeline",
+        "port_dtype",
         "merge_table",
         "weight_rows",
         "ahead",

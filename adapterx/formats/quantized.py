@@ -75,6 +75,20 @@ def stored(adapter: Adapter, quantization: Quantization) -> tuple[dict[str, Arra
     return tensors, metadata
 
 
+def int8_codes(array: Array) -> tuple[Array, Array]:
+    """Codes in the array's shape, and the scale of each of its rows.
+
+    What the codes of a file stand for gives the same codes again.
+
+    Example:
+        >>> codes, scale = int8_codes(np.array([[1.0, -2.0], [0.0, 0.0]]))
+        >>> codes.tolist(), scale.tolist()
+        ([[64, -127], [0, 0]], [0.015748031437397003, 0.0])
+    """
+    codes, scale = _rounded(array.reshape(len(array), math.prod(array.shape[1:])).astype(np.float32), _GREATEST["int8"])
+    return codes.reshape(array.shape), scale
+
+
 def dequantized(arrays: Mapping[str, Array], metadata: Mapping[str, str], *, where: str) -> dict[str, Array]:
     """The tensors of a quantized file as float32.
 
@@ -110,10 +124,9 @@ def dequantized(arrays: Mapping[str, Array], metadata: Mapping[str, str], *, whe
 
 def _codes(array: Array, quantization: str) -> tuple[Array, Array]:
     rank, greatest = len(array), _GREATEST[quantization]
-    rows = array.reshape(rank, -1).astype(np.float32)
     if quantization == "int8":
-        codes, scale = _rounded(rows, greatest)
-        return codes.reshape(array.shape), scale
+        return int8_codes(array)
+    rows = array.reshape(rank, -1).astype(np.float32)
     codes, scale = _rounded(_grouped(rows), greatest)
     nibbles = codes.reshape(rank, -1)[:, : rows.shape[1] + rows.shape[1] % 2].view(np.uint8) & 0xF
     return nibbles[:, ::2] | nibbles[:, 1::2] << 4, scale
@@ -131,8 +144,10 @@ def _grouped(rows: Array) -> Array:
 
 def _rounded(values: Array, greatest: int) -> tuple[Array, Array]:
     """Codes and scales of vectors along the last axis; takes ``values`` for its own use."""
-    scale = np.maximum(values.max(axis=-1), -values.min(axis=-1)) / np.float32(greatest)
-    # A vector of zeros has the scale 0, and codes of 0.
+    scale = np.maximum(values.max(axis=-1, initial=0), -values.min(axis=-1, initial=0)) / np.float32(greatest)
+    # A vector of zeros has the scale 0, and codes of 0; so has one whose scale would be too small to be exact.
+    scale[scale < np.finfo(np.float32).tiny] = 0
+    values[scale == 0] = 0
     values /= np.where(scale == 0, np.float32(1), scale)[..., None]
     return np.rint(values, out=values).astype(np.int8), scale
 

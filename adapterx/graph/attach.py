@@ -20,7 +20,7 @@ from adapterx.graph.ports import Ports, onnx_dtype, reshaped
 from adapterx.graph.rows import entrance
 from adapterx.manifest import MASK, ROW_MASK
 from adapterx.ops import DOMAIN, LOW_RANK_ADD, ROW_VECTOR, VERSION
-from adapterx.site import AdapterSite
+from adapterx.site import LORA_SCALE, AdapterSite
 
 _COPIED = ("auto_pad", "dilations", "kernel_shape", "pads", "strides")
 
@@ -136,6 +136,7 @@ def _vector(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, ma
 def _multiplied(_: ir.Model, place: Place, site: AdapterSite, ports: Ports, masks: Masks) -> list[ir.Node]:
     nodes, x = _multiplied_x(place, site)
     inputs = [place.base, x, ports[LORA_A], ports[LORA_B], masks.form(place.rank, onnx_dtype(site))]
+    inputs += [ports[LORA_SCALE]] if LORA_SCALE in ports else []
     return [*nodes, ir.node(LOW_RANK_ADD, inputs, domain=DOMAIN, version=VERSION, name=f"{site.name}/{LOW_RANK_ADD}")]
 
 

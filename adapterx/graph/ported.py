@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from adapterx.errors import ModelError
 from adapterx.graph.masks import Masks
-from adapterx.graph.ports import PortOptions, Ports, add_ports
+from adapterx.graph.ports import PortOptions, Ports, add_ports, onnx_dtype
 from adapterx.manifest import KEY, MASK, Manifest, SiteBase
 from adapterx.ops import DOMAIN, VERSION, low_rank_add_function, row_vector_function
 from adapterx.site import VECTORS, AdapterSite, SiteTable
 
 FUNCTION_IR_VERSION = 8
+# The opset that brought it.
+_CAST_LIKE = 15
 
 Put = Callable[[AdapterSite, Ports, Masks], None]
 
@@ -54,7 +57,7 @@ def give_ports(model: ir.Model, sites: SiteTable, options: PortOptions, put: Put
     for site in sites:
         put(site, values[site.name], masks)
     opset = model.opset_imports[""]
-    functions = [low_rank_add_function(opset)]
+    functions = [_low_rank_add(sites, opset)]
     if any(port in VECTORS for site in sites for port in site.ports):
         functions.append(row_vector_function(opset))
     model.opset_imports[DOMAIN] = VERSION
@@ -77,3 +80,19 @@ def give_ports(model: ir.Model, sites: SiteTable, options: PortOptions, put: Put
     )
     model.metadata_props[KEY] = manifest.dumps()
     return manifest
+
+
+def _low_rank_add(sites: SiteTable, opset: int) -> ir.Function:
+    """The one function of all sites: one that casts, where adapters are of another type than activations."""
+    multiplied = [site for site in sites if site.is_multiplied]
+    if not any(site.activations for site in multiplied):
+        return low_rank_add_function(opset)
+    types = {onnx_dtype(site) for site in multiplied}
+    if len(types) > 1 and opset < _CAST_LIKE:
+        met = ", ".join(sorted(t.name.lower() for t in types))
+        raise ModelError(
+            f"the model has activations of several types ({met}), and its opset {opset} has no CastLike to turn one "
+            f"adapter_dtype into each; convert the model to opset {_CAST_LIKE}, or leave adapter_dtype out"
+        )
+    activations = types.pop() if len(types) == 1 else ir.DataType.UNDEFINED
+    return low_rank_add_function(opset, activations=activations, codes=multiplied[0].dtype == "int8")

@@ -9,15 +9,21 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from adapterx.adapter import LORA_A, LORA_B, PROMPT, tensor_name
+from adapterx.adapter import PROMPT, tensor_name
 from adapterx.errors import ModelError
 from adapterx.manifest import MASK, ROW_MASK, Pack, Port
-from adapterx.site import LOW_RANK, AdapterSite
+from adapterx.site import LOW_RANK, RANKED, AdapterSite
 
 # The values of one site, by the names of its ports (`lora_A`, `gain` ...).
 Ports = dict[str, ir.Value]
 
-_ONNX_NAMES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT", "float64": "DOUBLE"}
+_ONNX_NAMES = {
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "float32": "FLOAT",
+    "float64": "DOUBLE",
+    "int8": "INT8",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ def add_ports(
     Raises:
         ModelError: the model has an input or output of its own by the name of a port.
     """
-    names = [tensor_name(site.name, port) for site in sites for port in site.ports]
+    names = [tensor_name(site.name, port) for site in sites for port in site.graph_ports]
     _make_room(model, {*names, MASK, ROW_MASK})
     packs = _packs([s for s in sites if s.name not in options.required]) if options.port == "packed" else ()
     packed = {(site, pack.side) for pack in packs for site in pack.sites}
@@ -55,7 +61,7 @@ def add_ports(
     values: dict[str, Ports] = {site.name: {} for site in sites}
     offset = 0
     for site in sites:
-        for port in site.ports:
+        for port in site.graph_ports:
             if (site.name, port) not in packed:
                 # In external mode the bytes are given at load; no two ports share a place, for tools that look.
                 made = values[site.name][port] = _port(model, site, port, options, offset=offset)
@@ -77,7 +83,7 @@ def rank_symbol(site: str) -> str:
 
 
 def _port(model: ir.Model, site: AdapterSite, port: str, options: PortOptions, *, offset: int) -> ir.Value:
-    name, rows, width, dtype = tensor_name(site.name, port), site.rows(port), site.width(port), onnx_dtype(site)
+    name, rows, width, dtype = tensor_name(site.name, port), site.rows(port), site.width(port), _of_port(site, port)
     value = ir.Value(name=name, type=ir.TensorType(dtype))
     if options.port == "external":
         value.shape = ir.Shape([rows, *width])
@@ -88,7 +94,7 @@ def _port(model: ir.Model, site: AdapterSite, port: str, options: PortOptions, *
         model.graph.register_initializer(value)
         return value
     dynamic = options.dynamic_rank and port != PROMPT
-    symbol = rank_symbol(site.name) if port in LOW_RANK else f"{site.name}.{port}.rows"
+    symbol = rank_symbol(site.name) if port in RANKED else f"{site.name}.{port}.rows"
     value.shape = ir.Shape([symbol if dynamic else rows, *width])
     # A convolution to no channels at all is not defined alike everywhere: one of zeros does as well.
     least = 1 if site.kernel and port in LOW_RANK else 0
@@ -100,9 +106,9 @@ def _port(model: ir.Model, site: AdapterSite, port: str, options: PortOptions, *
 def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options: PortOptions) -> dict[str, ir.Value]:
     """One input and the Split that hands every member its rows."""
     first = sites[pack.sites[0]]
-    width = first.d_in if pack.side == LORA_A else first.d_out
+    [width] = first.width(pack.side)
     rows = len(pack.sites) * first.rank
-    value = ir.Value(name=pack.name, type=ir.TensorType(onnx_dtype(first)))
+    value = ir.Value(name=pack.name, type=ir.TensorType(_of_port(first, pack.side)))
     value.shape = ir.Shape([f"{pack.name}.rows" if options.dynamic_rank else rows, width])
     add_input(model, value, ((0 if options.dynamic_rank else rows), width) if options.optional else None)
     if len(pack.sites) == 1:
@@ -150,7 +156,8 @@ def _packs(sites: list[AdapterSite]) -> tuple[Pack, ...]:
     for kind, members in types.items():
         if len({(s.d_in, s.d_out, s.rank, s.dtype) for s in members}) == 1:
             order = tuple(sorted((s.name for s in members), key=natural_key))
-            packs += [Pack(f"{kind}.{side}.weight.packed", side, order) for side in (LORA_A, LORA_B)]
+            sides = [port for port in members[0].graph_ports if port in RANKED]
+            packs += [Pack(f"{kind}.{side}.weight.packed", side, order) for side in sides]
     return tuple(packs)
 
 
@@ -209,5 +216,9 @@ def _make_room(model: ir.Model, names: set[str]) -> None:
 
 
 def onnx_dtype(site: AdapterSite) -> ir.DataType:
-    """The element type of a site's ports."""
-    return ir.DataType[_ONNX_NAMES[site.dtype]]
+    """The element type of a site's activations."""
+    return ir.DataType[_ONNX_NAMES[site.x_dtype]]
+
+
+def _of_port(site: AdapterSite, port: str) -> ir.DataType:
+    return ir.DataType[_ONNX_NAMES[site.dtype_of(port)]]

@@ -7,10 +7,9 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
 import numpy as np
 
-from adapterx.adapter import INPUT_GAIN, PROMPT, WHOLE_WEIGHT, Adapter, Array, LowRank
+from adapterx.adapter import INPUT_GAIN, PROMPT, WHOLE_WEIGHT, Adapter, LowRank
 from adapterx.errors import MismatchError, nearest
 from adapterx.formats.onnx_adapter import model_version
 from adapterx.fused import fused_sites, joined, parts_of_fused, split
@@ -18,6 +17,7 @@ from adapterx.kinds import lowered, needs_weight, shaped
 from adapterx.kinds.saved import needs_base
 from adapterx.manifest import Manifest
 from adapterx.pipeline import for_model
+from adapterx.port_dtype import cast_for
 from adapterx.renaming import renaming
 from adapterx.runtime.base_tensors import BaseTensors
 from adapterx.site import LOW_RANK, AdapterSite, by_name
@@ -242,7 +242,7 @@ def _place(found: dict[str, LowRank], parts: tuple[AdapterSite, ...], change: Lo
             causes.append(str(cause))
             continue
         strange = [side for side, _ in relative.tensors() if side not in part.ports]
-        cast = _cast(relative, part.dtype)
+        cast = cast_for(relative, part)
         if strange and relative.is_relative:
             causes.append(
                 f"adapter brings {', '.join(strange)}, the model's site takes {', '.join(part.ports)}; "
@@ -250,8 +250,8 @@ def _place(found: dict[str, LowRank], parts: tuple[AdapterSite, ...], change: Lo
             )
         elif part.name in found:
             causes.append(f"{part.name} is given twice")
-        elif cast is None:
-            causes.append(f"finite {change.dtype} values become infinite in the model's {part.dtype}")
+        elif isinstance(cast, str):
+            causes.append(cast)
         else:
             found[part.name] = cast
     return list(dict.fromkeys(causes))
@@ -281,7 +281,7 @@ def _causes(change: LowRank, parts: tuple[AdapterSite, ...], fixed: frozenset[st
     if prompt is not None and len(prompt) != parts[0].rank:
         yield f"adapter has {len(prompt)} virtual tokens, model has {parts[0].rank}"
     if not _is_float(change.dtype):
-        yield f"adapter is {change.dtype}, model takes {parts[0].dtype}"
+        yield f"adapter is {change.dtype}, model takes {parts[0].fitted_dtype}"
 
 
 def _transposed(low_rank: LowRank, d_in: int, d_out: int) -> str:
@@ -295,26 +295,6 @@ def _transposed(low_rank: LowRank, d_in: int, d_out: int) -> str:
 @functools.cache
 def _is_float(dtype: np.dtype[np.generic]) -> bool:
     return dtype.name.startswith(("float", "bfloat"))
-
-
-def _cast(low_rank: LowRank, dtype: str) -> LowRank | None:
-    """In the model's dtype; ``None`` when a finite value would become infinite."""
-    wanted = np.dtype(dtype)
-    if low_rank.dtype == wanted:
-        return low_rank
-    a, b = _narrowed(low_rank.a, wanted), _narrowed(low_rank.b, wanted)
-    parts = {name: _narrowed(part, wanted) for name, part in low_rank.parts.items()}
-    held = {name: part for name, part in parts.items() if part is not None}
-    return None if a is None or b is None or len(held) < len(parts) else LowRank(a=a, b=b, parts=held)
-
-
-def _narrowed(array: Array, dtype: np.dtype[np.generic]) -> Array | None:
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    # No float of four bytes or fewer has a value that float32 lacks.
-    if dtype.itemsize >= max(4, array.dtype.itemsize):
-        return cast
-    return None if np.any(np.isfinite(array) & ~np.isfinite(cast)) else cast
 
 
 def _message(name: str, faults: list[_Fault], of: int, known: list[str]) -> str:

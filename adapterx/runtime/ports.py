@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
 import numpy as np
 
-from adapterx.adapter import PROMPT, Adapter, Array, LowRank, tensor_name
+from adapterx.adapter import LORA_A, LORA_B, PROMPT, Adapter, Array, LowRank, tensor_name
+from adapterx.formats.quantized import int8_codes
 from adapterx.manifest import Manifest, Pack
-from adapterx.site import LOW_RANK, AdapterSite, by_name
+from adapterx.site import LORA_SCALE, LOW_RANK, RANKED, AdapterSite, by_name
 
 
 def port_names(manifest: Manifest) -> frozenset[str]:
@@ -23,7 +24,7 @@ def graph_inputs(manifest: Manifest) -> frozenset[str]:
     """The graph inputs that a manifest promises, none in external mode."""
     if manifest.port == "external":
         return frozenset()
-    plain = {tensor_name(site.name, port) for site in manifest.sites for port in site.ports}
+    plain = {tensor_name(site.name, port) for site in manifest.sites for port in site.graph_ports}
     packed = {tensor_name(site, pack.side) for pack in manifest.packs for site in pack.sites}
     return frozenset((plain - packed) | {pack.name for pack in manifest.packs})
 
@@ -41,26 +42,41 @@ def port_arrays(adapter: Adapter | None, manifest: Manifest) -> dict[str, Array]
 
     Returns:
         ``<site>.lora_A.weight`` ``[r, d_in]``, ``<site>.lora_B.weight`` ``[r, d_out]``, ``<site>.gain.weight``
-        ``[1, d_out]`` and so on, and the packed inputs ``[members * r, d]``. What needs no padding and no packing is
-        the adapter's own memory.
+        ``[1, d_out]`` and so on, and the packed inputs ``[members * r, d]``. Where the model takes int8, codes, and
+        ``<site>.lora_scale.weight`` ``[r, 2]``. What needs no padding, packing or rounding is the adapter's own memory.
     """
     sites = by_name(manifest.sites)
     held: Mapping[str, LowRank] = adapter.sites if adapter else {}
     ranks = _ranks(held, sites, manifest)
     packed = {(site, pack.side) for pack in manifest.packs for site in pack.sites}
+    brought = {name: _tensors(held[name], site) for name, site in sites.items() if name in held}
     arrays = {}
     for name, site in sites.items():
-        given = dict(held[name].tensors()) if name in held else {}
-        for port in site.ports:
+        given = brought.get(name, {})
+        for port in site.graph_ports:
             if (name, port) in packed:
                 continue
             if port in given or not manifest.optional or name in manifest.required:
-                rows = ranks[name] if port in LOW_RANK else _vector_rows(port, site, manifest, given)
-                arrays[tensor_name(name, port)] = _rows(given.get(port), (rows, *site.width(port)), site.dtype)
+                rows = ranks[name] if port in RANKED else _vector_rows(port, site, manifest, given)
+                shape = (rows, *site.width(port))
+                arrays[tensor_name(name, port)] = _rows(given.get(port), shape, site.dtype_of(port))
     for pack in manifest.packs:
         if not manifest.optional or any(name in held for name in pack.sites):
-            arrays[pack.name] = _stacked(pack, held, sites, ranks)
+            arrays[pack.name] = _stacked(pack, brought, sites, ranks)
     return arrays
+
+
+def mask_columns(arrays: Mapping[str, Array], manifest: Manifest) -> int:
+    """The columns of ``adapter_mask`` that an adapter takes: the most rows that it has at any site.
+
+    Args:
+        arrays: what :func:`port_arrays` gave
+        manifest: the model's
+    """
+    members = {pack.name: len(pack.sites) for pack in manifest.packs}
+    low_rank = {tensor_name(site.name, port) for site in manifest.sites for port in site.ports if port in LOW_RANK}
+    rows = (len(array) // members.get(name, 1) for name, array in arrays.items() if name in low_rank | members.keys())
+    return max(rows, default=0)
 
 
 def _ranks(held: Mapping[str, LowRank], sites: Mapping[str, AdapterSite], manifest: Manifest) -> dict[str, int]:
@@ -78,13 +94,24 @@ def _ranks(held: Mapping[str, LowRank], sites: Mapping[str, AdapterSite], manife
             return ranks
 
 
+def _tensors(change: LowRank, site: AdapterSite) -> dict[str, Array]:
+    """What a fitted change brings to each port, in the port's element type."""
+    given = dict(change.tensors())
+    if site.dtype == "int8" and LORA_A in given:
+        (given[LORA_A], a_scale), (given[LORA_B], b_scale) = int8_codes(change.a), int8_codes(change.b)
+        given[LORA_SCALE] = np.stack([a_scale, b_scale], axis=1)
+    return {port: _sealed(array.astype(site.dtype_of(port), copy=False)) for port, array in given.items()}
+
+
 def _stacked(
-    pack: Pack, held: Mapping[str, LowRank], sites: Mapping[str, AdapterSite], ranks: Mapping[str, int]
+    pack: Pack,
+    brought: Mapping[str, Mapping[str, Array]],
+    sites: Mapping[str, AdapterSite],
+    ranks: Mapping[str, int],
 ) -> Array:
     first = sites[pack.sites[0]]
-    width = first.width(pack.side)
-    given = {name: dict(held[name].tensors()).get(pack.side) for name in pack.sites if name in held}
-    rows = [_rows(given.get(name), (ranks[name], *width), first.dtype) for name in pack.sites]
+    width, dtype = first.width(pack.side), first.dtype_of(pack.side)
+    rows = [_rows(brought.get(name, {}).get(pack.side), (ranks[name], *width), dtype) for name in pack.sites]
     return _sealed(np.concatenate(rows))
 
 
