@@ -74,7 +74,11 @@ class BakedModels:
         self._lock = threading.Lock()
         self._clock = itertools.count(1)
 
-    def tensors(self, _: Adapter | None) -> Mapping[str, ort.OrtValue]:
+    def resident(self, adapter: Adapter | None, generation: int) -> Resident:
+        """Nothing is fed."""
+        return Resident(adapter, generation, {})
+
+    def values(self, _: Mapping[str, Array]) -> Mapping[str, ort.OrtValue]:
         """Nothing is fed."""
         return {}
 

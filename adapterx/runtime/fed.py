@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adapterx.adapter import Adapter
+from adapterx.adapter import Adapter, Array
 from adapterx.errors import ModelError, OptionError
 from adapterx.manifest import Manifest
 from adapterx.runtime.inference import Host, device_of, ort, ort_values, quiet_options
 from adapterx.runtime.options import copied, entry
-from adapterx.runtime.ports import graph_inputs, port_arrays
+from adapterx.runtime.ports import graph_inputs, mask_columns, port_arrays
 from adapterx.runtime.resident import Resident
 from adapterx.runtime.source import FOLDER_OPTION, ModelSource
 
@@ -28,6 +28,8 @@ class FedModel:
         self._manifest = source.manifest
         self._session = host.open(source.model, where=source.where, options=_options(source, host))
         self._device = device_of(self._session)
+        # Whether the graph reads nothing that a mask leaves out.
+        self.exact = False
         inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         lost = sorted(graph_inputs(source.manifest) - {node.name for node in inputs})
         if lost:
@@ -36,9 +38,19 @@ class FedModel:
                 "extract the model again, and optimize it before the extraction if at all"
             )
 
-    def tensors(self, adapter: Adapter | None) -> Mapping[str, ort.OrtValue]:
-        """What is fed for a fitted adapter, on the session's device; for the base often nothing."""
-        return ort_values(port_arrays(adapter, self._manifest), device=self._device)
+    @property
+    def device(self) -> tuple[str, int]:
+        """Where the session's first provider has its memory."""
+        return self._device
+
+    def resident(self, adapter: Adapter | None, generation: int) -> Resident:
+        """A fitted adapter with what is fed for it, on the session's device; for the base often nothing."""
+        arrays = port_arrays(adapter, self._manifest)
+        return Resident(adapter, generation, self.values(arrays), arrays, mask_columns(arrays, self._manifest))
+
+    def values(self, arrays: Mapping[str, Array]) -> Mapping[str, ort.OrtValue]:
+        """Arrays on the session's device."""
+        return ort_values(arrays, device=self._device)
 
     def session(self, _: Resident) -> ort.InferenceSession:
         """The one session."""

@@ -44,8 +44,11 @@ class Resident:
 class Runnable(Protocol):
     """A model that can run residents: :class:`~adapterx.runtime.fed.FedModel` or ``BakedModels``."""
 
-    def tensors(self, adapter: Adapter | None) -> Mapping[str, ort.OrtValue]:
-        """What is fed for a fitted adapter."""
+    def resident(self, adapter: Adapter | None, generation: int) -> Resident:
+        """A fitted adapter, or the base, made ready."""
+
+    def values(self, arrays: Mapping[str, Array]) -> Mapping[str, ort.OrtValue]:
+        """Arrays by the names of ports, as they are fed."""
 
     def session(self, resident: Resident, /) -> ort.InferenceSession:
         """The ONNX Runtime session that runs it."""

@@ -1,28 +1,30 @@
-"""AdapterSession: an ONNX Runtime session that knows its sites and picks an adapter per run."""
+"""AdapterSession: an ONNX Runtime session that knows its sites and picks adapters per run and per row."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from adapterx.adapter import Adapter
-from adapterx.errors import FeedError, OptionError, UnknownAdapter, nearest
+from adapterx.errors import FeedError, MismatchError, OptionError
 from adapterx.formats import load_adapter as read_adapter
 from adapterx.manifest import Manifest
 from adapterx.runtime.baked import BakedModels
+from adapterx.runtime.bank import AdapterBank
 from adapterx.runtime.base_tensors import BaseTensors
 from adapterx.runtime.bound import Bound
 from adapterx.runtime.fed import FedModel
 from adapterx.runtime.fit import fit
 from adapterx.runtime.inference import Host, Provider, ort
+from adapterx.runtime.mixed import check_mixable, mixed_feeds
 from adapterx.runtime.options import entry
 from adapterx.runtime.ports import port_names
 from adapterx.runtime.resident import Identity, Resident, Runnable
+from adapterx.runtime.residents import Residents
+from adapterx.runtime.rows import RowAdapter, Rows, shown
 from adapterx.runtime.signature import Signature, TensorInfo
 from adapterx.runtime.source import FOLDER_OPTION, ModelLike, ModelSource, read_source
 from adapterx.site import SiteTable
@@ -49,6 +51,13 @@ class AdapterSession:
         provider_options: as for ``onnxruntime.InferenceSession``
         max_sessions: in external mode, how many inner sessions are kept (the base counts); without meaning in others
         allow_other_base: take adapters that say that they were made for another base
+        max_loras: most different adapters in one batch, and how many the bank keeps side by side
+        max_lora_rank: refuse adapters of a higher rank; ``None`` takes any, since ranks are told by the adapters
+        max_cpu_loras: most adapters in memory, those beyond lie in memory-mapped files, the least recently used first;
+            ``None`` keeps all in memory
+        max_cpu_bytes: the same in bytes
+        max_bank_bytes: most bytes of the bank, which holds second copies of the adapters of mixed batches; runs that
+            need more wait for others to end
 
     Raises:
         ModelError: no model, one without ports and no adapters, or with an adapter inside, unsafe external data, or
@@ -63,9 +72,10 @@ class AdapterSession:
         session = AdapterSession("out/model.onnx", adapters={"fr": "fr.safetensors"})
         session.run(None, feeds)                # the base model
         session.run(None, feeds, adapter="fr")  # the base with one adapter
+        session.run(None, feeds, adapters=["fr", None, {"fr": 0.7, "de": 0.3}])  # one entry a row of the batch
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the options of the contract, all by name
         self,
         model: ModelLike,
         adapters: Mapping[str, AdapterLike] | None = None,
@@ -75,6 +85,11 @@ class AdapterSession:
         provider_options: Sequence[Mapping[str, Any]] | None = None,
         max_sessions: int = 4,
         allow_other_base: bool = False,
+        max_loras: int = 32,
+        max_lora_rank: int | None = None,
+        max_cpu_loras: int | None = None,
+        max_cpu_bytes: int | None = None,
+        max_bank_bytes: int | None = None,
     ) -> None:
         host = Host(providers, provider_options, session_options)
         given = {name: _read(name, adapter) for name, adapter in (adapters or {}).items()}
@@ -82,13 +97,13 @@ class AdapterSession:
         self._manifest, self._allow_other_base = source.manifest, allow_other_base
         self._bases = BaseTensors(source.graph, source.folder, source.where) if source.manifest.bases else None
         self._model = _runnable(source, host, max_sessions)
-        self._generations = itertools.count(1)
-        self._base = Resident(None, 0, self._model.tensors(None))
+        self._base = self._model.resident(None, 0)
         opened = self._model.session(self._base)
         self._signature = Signature.of(opened, port_names(source.manifest))
         self._providers: tuple[str, ...] = tuple(opened.get_providers())
-        self._writing = threading.Lock()
-        self._residents: Mapping[str, Resident] = {}
+        self._max_rank = max_lora_rank
+        self._residents = Residents(self._model, max_loras=max_cpu_loras, max_bytes=max_cpu_bytes)
+        self._bank = _bank(self._model, source.manifest, max_loras, max_bank_bytes)
         for name, whole in given.items():
             self.load_adapter(name, whole)
 
@@ -99,26 +114,61 @@ class AdapterSession:
         run_options: ort.RunOptions | None = None,
         *,
         adapter: str | None = None,
+        adapters: Sequence[RowAdapter] | None = None,
     ) -> list[Any]:
-        """Run the model, with one adapter for the whole batch or as the base.
+        """Run the model: as the base, with one adapter for the whole batch, or with adapters of its own for each row.
+
+        Nothing of a call is left for the next. What a name means is looked up once, at the beginning.
 
         Args:
             output_names: outputs to compute; ``None`` for all
             feeds: input name -> array or ``OrtValue``
             run_options: passed on to ONNX Runtime
             adapter: a loaded name; ``None`` is the base
+            adapters: per row of the batch a loaded name, ``None`` for the base, or ``{name: weight}`` for a weighted
+                sum of several (each row computes ``base + sum(weight * change)``)
 
         Returns:
             One array an output, in the order of ``output_names``.
 
         Raises:
-            UnknownAdapter: no adapter of that name.
-            FeedError: feeds or output names that do not fit the model, or a model that has no base without an adapter.
+            UnknownAdapter: no adapter of that name; nothing is run then, for any row.
+            FeedError: feeds or output names that do not fit the model, a model that has no base without an adapter, or
+                another number of rows than of entries in ``adapters``.
+            ModelError: rows with different adapters, where the model cannot tell them apart (``docs/ops.md``).
+            OptionError: ``adapter`` and ``adapters`` together, entries that are neither, or more adapters at once than
+                ``max_loras`` or ``max_bank_bytes`` allow.
         """
+        if adapters is not None:
+            if adapter is not None:
+                raise OptionError("give adapter= for the whole batch or adapters= for its rows, not both")
+            return self._run_rows(output_names, feeds, run_options, adapters)
         resident = self._resident(adapter)
-        outputs = self._signature.checked_outputs(output_names)
-        checked = self._signature.checked_feeds(feeds)
-        results: list[Any] = self._model.session(resident).run(outputs, {**checked, **resident.tensors}, run_options)
+        outputs, checked = self._signature.checked_outputs(output_names), self._signature.checked_feeds(feeds)
+        return self._results(resident, outputs, {**checked, **resident.tensors}, run_options)
+
+    def _run_rows(
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Mapping[str, Any],
+        run_options: ort.RunOptions | None,
+        adapters: Sequence[RowAdapter],
+    ) -> list[Any]:
+        rows = Rows.of(adapters, self._residents.held)
+        outputs, checked = self._signature.checked_outputs(output_names), self._signature.checked_feeds(feeds)
+        rows.check_batch(checked, self._manifest.batch)
+        check_mixable(rows, self._manifest)
+        if not rows.residents:
+            resident = self._resident(None)
+            return self._results(resident, outputs, {**checked, **resident.tensors}, run_options)
+        self._residents.used(rows.residents)
+        with mixed_feeds(rows, self._manifest, self._bank) as fed:
+            return self._results(rows.residents[0], outputs, {**checked, **fed}, run_options)
+
+    def _results(
+        self, resident: Resident, outputs: list[str], feeds: Mapping[str, Any], run_options: ort.RunOptions | None
+    ) -> list[Any]:
+        results: list[Any] = self._model.session(resident).run(outputs, feeds, run_options)
         return results
 
     def bind(self, adapter: str | None = None) -> Bound:
@@ -145,10 +195,12 @@ class AdapterSession:
         """
         whole = _read(name, adapter)
         fitting = fit(whole, self._manifest, name=name, allow_other_base=self._allow_other_base, bases=self._bases)
-        tensors = self._model.tensors(fitting)
-        with self._writing:
-            resident = Resident(fitting, next(self._generations), tensors)
-            self._residents = {**self._residents, name: resident}
+        if self._max_rank is not None and max(fitting.ranks) > self._max_rank:
+            raise MismatchError(
+                f"adapter {name!r} has rank {max(fitting.ranks)}, and this session takes {self._max_rank} at most "
+                "(max_lora_rank)"
+            )
+        self._residents.load(name, fitting)
 
     def unload_adapter(self, name: str) -> None:
         """Forget the name. The memory is freed when the last run and the last bound object let go of it.
@@ -156,9 +208,7 @@ class AdapterSession:
         Raises:
             UnknownAdapter: no adapter of that name.
         """
-        with self._writing:
-            self._found(name)
-            self._residents = {other: held for other, held in self._residents.items() if other != name}
+        self._residents.unload(name)
 
     def identity(self, name: str) -> Identity:
         """Content hash and generation of a loaded adapter: the key for whatever is cached of its results.
@@ -168,12 +218,12 @@ class AdapterSession:
         Raises:
             UnknownAdapter: no adapter of that name.
         """
-        return self._found(name).identity
+        return self._residents.find(name).identity
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """What is loaded at this moment, in the order of loading: the adapters as they were fitted. Read-only."""
-        held = self._residents
+        held = self._residents.held
         return MappingProxyType({name: kept.adapter for name, kept in held.items() if kept.adapter is not None})
 
     @property
@@ -200,22 +250,17 @@ class AdapterSession:
         return list(self._signature.outputs.values())
 
     def _resident(self, name: str | None) -> Resident:
-        if name is None and self._manifest.required:
-            lost = ", ".join(self._manifest.required)
-            raise FeedError(
-                f"the model has no base to run: {lost} came with the exported adapter, whole. Name an adapter that has "
-                f"them; loaded: {', '.join(self._residents) or 'none'}"
-            )
-        return self._base if name is None else self._found(name)
-
-    def _found(self, name: str) -> Resident:
-        held = self._residents
-        try:
-            return held[name]
-        except (KeyError, TypeError):
-            loaded = ", ".join(held) or "none"
-            message = f"no adapter {name!r} is loaded{nearest(str(name), held)}; loaded: {loaded}"
-            raise UnknownAdapter(message) from None
+        if name is None:
+            if self._manifest.required:
+                lost = ", ".join(self._manifest.required)
+                raise FeedError(
+                    f"the model has no base to run: {lost} came with the exported adapter, whole. Name an adapter that "
+                    f"has them; loaded: {shown(self._residents.held)}"
+                )
+            return self._base
+        found = self._residents.find(name)
+        self._residents.used([found])
+        return found
 
 
 def _read(name: str, adapter: AdapterLike) -> Adapter:
@@ -231,3 +276,10 @@ def _runnable(source: ModelSource, host: Host, max_sessions: int) -> Runnable:
     if source.manifest.port == "external":
         return BakedModels(source, host, limit=max_sessions)
     return FedModel(source, host)
+
+
+def _bank(model: Runnable, manifest: Manifest, max_loras: int, max_bytes: int | None) -> AdapterBank | None:
+    """Where adapters can lie side by side; ``None`` where only one fits."""
+    if not isinstance(model, FedModel) or not manifest.dynamic_rank:
+        return None
+    return AdapterBank(manifest, max_loras=max_loras, max_bytes=max_bytes, device=model.device, exact=model.exact)

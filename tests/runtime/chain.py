@@ -61,6 +61,7 @@ class Chain:
             packs=packs if self.port == "packed" else (),
             mask=None if self.port == "external" else MASK,
             location=LOCATION if self.port == "external" else None,
+            batch=("x",),
         )
 
     def reference(self, x: np.ndarray, adapter: Adapter | None = None) -> np.ndarray:
