@@ -12,6 +12,7 @@ from adapterx.adapter import Adapter
 from adapterx.errors import FeedError, MismatchError, OptionError
 from adapterx.formats import load_adapter as read_adapter
 from adapterx.manifest import Manifest
+from adapterx.port_dtype import AdapterDtype
 from adapterx.runtime.baked import BakedModels
 from adapterx.runtime.bank import AdapterBank
 from adapterx.runtime.base_tensors import BaseTensors
@@ -58,6 +59,8 @@ class AdapterSession:
         max_cpu_bytes: the same in bytes
         max_bank_bytes: most bytes of the bank, which holds second copies of the adapters of mixed batches; runs that
             need more wait for others to end
+        adapter_dtype: element type of the ports that are put in in memory: ``"float16"``, ``"bfloat16"`` or ``"int8"``
+            beside float32 activations move fewer bytes; ``None`` is that of the activations
 
     Raises:
         ModelError: no model, one without ports and no adapters, or with an adapter inside, unsafe external data, or
@@ -90,10 +93,12 @@ class AdapterSession:
         max_cpu_loras: int | None = None,
         max_cpu_bytes: int | None = None,
         max_bank_bytes: int | None = None,
+        adapter_dtype: AdapterDtype | None = None,
     ) -> None:
         host = Host(providers, provider_options, session_options)
         given = {name: _read(name, adapter) for name, adapter in (adapters or {}).items()}
-        source = read_source(model, folder=entry(session_options, FOLDER_OPTION), adapters=list(given.values()))
+        folder = entry(session_options, FOLDER_OPTION)
+        source = read_source(model, folder=folder, adapters=list(given.values()), adapter_dtype=adapter_dtype)
         self._manifest, self._allow_other_base = source.manifest, allow_other_base
         self._bases = BaseTensors(source.graph, source.folder, source.where) if source.manifest.bases else None
         self._model = _runnable(source, host, max_sessions)
