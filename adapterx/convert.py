@@ -224,7 +224,7 @@ def _filled(adapter: Adapter, manifest: Manifest, *, everything: bool) -> Adapte
 
 def _padded(held: LowRank | None, site: AdapterSite, rank: int, *, vectors: bool) -> LowRank:
     """``held`` with ``rank`` rows, and with what else its site takes where ``vectors``."""
-    dtype = np.dtype(site.dtype)
+    dtype = np.dtype(site.fitted_dtype)
     parts: Mapping[str, Array] = {} if held is None else held.parts
     if vectors:
         parts = {**{port: np.zeros((1, *site.width(port)), dtype) for port in site.ports if port in VECTORS}, **parts}

@@ -51,7 +51,7 @@ def low_rank_add(
     if scale is not None:
         a, b = a * scale[:, :1].astype(wide), b * scale[:, 1:].astype(wide)
     low = x.astype(wide) @ a.T
-    delta = (low if mask is None else low * mask.astype(wide)) @ b
+    delta: Array = (low if mask is None else low * mask.astype(wide)) @ b
     total: Array = (base.astype(wide) + delta).astype(base.dtype)
     return total
 

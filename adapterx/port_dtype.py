@@ -13,11 +13,13 @@ from typing import Literal, get_args
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
 import numpy as np
 
-from adapterx.adapter import LORA_A, LORA_B, Array, LowRank
-from adapterx.errors import OptionError, nearest
+from adapterx.adapter import LORA_A, LORA_B, Adapter, Array, LowRank
+from adapterx.errors import MismatchError, OptionError, nearest
 from adapterx.site import AdapterSite
 
 AdapterDtype = Literal["float32", "float16", "bfloat16", "int8"]
+
+_SHOWN = 50
 
 
 def check(adapter_dtype: str | None, *, as_inputs: bool) -> None:
@@ -41,26 +43,41 @@ def check(adapter_dtype: str | None, *, as_inputs: bool) -> None:
         )
 
 
-def in_dtype(sites: Iterable[AdapterSite], adapter_dtype: AdapterDtype | None) -> list[AdapterSite]:
-    """``sites`` with ``a`` and ``b`` of that type where a ``LowRankAdd`` reads them; others as they are.
+def in_dtype(site: AdapterSite, adapter_dtype: AdapterDtype | None) -> AdapterSite:
+    """``site`` with ``a`` and ``b`` of that type, where a ``LowRankAdd`` reads them; else as it is.
 
     Example:
         >>> from adapterx.site import AdapterSite
         >>> site = AdapterSite("fc", "", "lora", "MatMul", 4, 3, 2, 1.0, "float32", "structure", "")
-        >>> [half] = in_dtype([site], "float16")
+        >>> half = in_dtype(site, "float16")
         >>> half.dtype, half.activations
         ('float16', 'float32')
-        >>> in_dtype([site], "float32") == [site]
+        >>> in_dtype(half, "float32") == site
         True
     """
-    return [_in_dtype(site, adapter_dtype) for site in sites]
-
-
-def _in_dtype(site: AdapterSite, adapter_dtype: AdapterDtype | None) -> AdapterSite:
     if adapter_dtype is None or not site.is_multiplied:
         return site
     x = site.x_dtype
     return dataclasses.replace(site, dtype=adapter_dtype, activations="" if x == adapter_dtype else x)
+
+
+def for_ports(adapter: Adapter, sites: Iterable[AdapterSite], adapter_dtype: AdapterDtype) -> Adapter:
+    """The adapter of these sites as their ports can take it; as it is for codes, which are made when it is fed.
+
+    Raises:
+        MismatchError: it has values that a port cannot hold; names every site.
+    """
+    cast = {site.name: cast_for(adapter.sites[site.name], site) for site in sites if site.name in adapter.sites}
+    if faults := [f"  {name}: {cause}" for name, cause in cast.items() if isinstance(cause, str)]:
+        left = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise MismatchError(
+            f"the adapter does not fit into ports of {adapter_dtype} at {len(faults)} of {len(cast)} sites:\n"
+            + "\n".join(faults[:_SHOWN])
+            + f"{left}\nbfloat16 has the range of float32; or leave adapter_dtype out."
+        )
+    if adapter_dtype == "int8":
+        return adapter
+    return Adapter({name: one for name, one in cast.items() if not isinstance(one, str)}, adapter.metadata)
 
 
 def cast_for(change: LowRank, site: AdapterSite) -> LowRank | str:

@@ -36,7 +36,7 @@ def random_adapter(manifest: Manifest, rng: np.random.Generator, *, grow: int) -
 
 
 def _random(site: AdapterSite, rng: np.random.Generator, more: int) -> LowRank:
-    rank, dtype = max(1, site.rank + more), np.dtype(site.dtype)
+    rank, dtype = max(1, site.rank + more), np.dtype(site.fitted_dtype)
 
     def drawn(port: str, rows: int, scale: float) -> Array:
         return (scale * rng.standard_normal((rows, *site.width(port)))).astype(dtype)

@@ -17,6 +17,7 @@ from adapterx.cli.options import (
     Feeds,
     Json,
     MakeInputs,
+    OfPorts,
     OptionalInputs,
     PackInputs,
     Seed,
@@ -102,6 +103,7 @@ def extract(  # noqa: PLR0913 - the options of the command, all by name
         bool,
         typer.Option("--allow-static-qdq", help="Take adapters whose activations have ranges measured with them."),
     ] = False,
+    adapter_dtype: OfPorts = None,
     as_json: Json = False,
 ) -> None:
     """Take the adapters out of an exported model and leave ports in their place."""
@@ -120,6 +122,7 @@ def extract(  # noqa: PLR0913 - the options of the command, all by name
         partial=partial,
         quantized="keep" if keep_quantized else "float",
         static_qdq="allow" if allow_static_qdq else "refuse",
+        adapter_dtype=None if adapter_dtype is None else adapter_dtype.value,
     )
     given = [] if adapter is None else ["--adapter", str(adapter)]
     following = shlex.join(["adapterx", "verify", str(model), str(out.model_path), *given])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapterx.cli.extraction import files_of_model
-from adapterx.cli.options import DynamicRank, Json, MakeInputs, OptionalInputs, PackInputs
+from adapterx.cli.options import DynamicRank, Json, MakeInputs, OfPorts, OptionalInputs, PackInputs
 from adapterx.cli.report import new_table, print_json, print_table, say, size
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def inject(  # noqa: PLR0913 - the options of the command, all by name
     partial: Annotated[
         bool, typer.Option("--partial", help="The adapter is for several files (encoder, decoder), this is one.")
     ] = False,
+    adapter_dtype: OfPorts = None,
     as_json: Json = False,
 ) -> None:
     """Put ports for adapters into a model that never had any: exported, optimized or quantized."""
@@ -77,6 +78,7 @@ def inject(  # noqa: PLR0913 - the options of the command, all by name
         optional_inputs=optional_inputs,
         rank=rank,
         partial=partial,
+        adapter_dtype=None if adapter_dtype is None else adapter_dtype.value,
     )
     _print(out, "PATH" if adapter is None else str(adapter), as_json=as_json)
 

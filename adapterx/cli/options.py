@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -20,6 +21,21 @@ OtherBase: TypeAlias = Annotated[
 ]
 Feeds: TypeAlias = Annotated[
     Path | None, typer.Option("--feeds", help="Inputs by name in an .npz file; else made from the graph.")
+]
+
+
+class AdapterDtype(enum.StrEnum):
+    """Element types of ports."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+OfPorts: TypeAlias = Annotated[
+    AdapterDtype | None,
+    typer.Option("--adapter-dtype", help="Of ports at linear layers, in place of that of the activations."),
 ]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
 PackInputs: TypeAlias = Annotated[

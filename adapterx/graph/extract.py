@@ -32,6 +32,7 @@ from adapterx.graph.shapes import Shapes
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
 from adapterx.graph.stored import weight_values
 from adapterx.manifest import KEY, Kept, Manifest, SiteBase, manifest_of
+from adapterx.port_dtype import AdapterDtype, check, for_ports, in_dtype
 from adapterx.site import LOW_RANK, VECTORS, AdapterSite, SiteTable
 
 AdapterFormat = Literal["safetensors", "onnx_adapter", "npz"]
@@ -78,6 +79,7 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     partial: bool = False,
     quantized: Quantized = "float",
     static_qdq: StaticQDQ = "refuse",
+    adapter_dtype: AdapterDtype | None = None,
 ) -> Extraction:
     """Take the adapters out of an exported model.
 
@@ -106,6 +108,10 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
         static_qdq: what to do where activations around the adapter were quantized with ranges that were measured with
             it: ``refuse``, or ``allow``, which puts float ports there although what follows them keeps those ranges
             (``notes`` of the result says which)
+        adapter_dtype: element type of the ports of linear layers, in place of that of their activations:
+            ``"float32"``, ``"float16"``, ``"bfloat16"``, or ``"int8"`` for codes with a scale for each rank, which a
+            session makes of the floats that it is given (needs ``make_inputs``). The adapter is written in a float
+            type of the ports; for ``int8`` as it was exported
 
     Returns:
         Paths, the adapter and the sites.
@@ -113,8 +119,10 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     Raises:
         NoAdaptersFound: nothing to take; says what was looked at. Nothing is written.
         ModelError: broken or already extracted model, weights of other kinds, or a target that is the source.
+        MismatchError: the exported adapter has values that ``adapter_dtype`` cannot hold; names the sites.
         OptionError: options that contradict each other or do not exist.
     """
+    check(adapter_dtype, as_inputs=make_inputs)
     _check_choices(adapter_format=adapter_format, quantized=quantized, static_qdq=static_qdq)
     _check_ports(make_inputs=make_inputs, pack_inputs=pack_inputs, quantized=quantized)
     loaded, where = load_model(model), label(model)
@@ -131,8 +139,12 @@ def extract_adapters(  # noqa: PLR0913 - the options of the contract, all by nam
     options = PortOptions(port, dynamic_rank, optional_inputs, f"{path.stem}.adapter.bin")
     adapters = adapters_of(finding, where)
     fingerprint = base_fingerprint(finding)
-    manifest = _rewrite(loaded, finding, options, fingerprint, keep_codes=quantized == "keep")
+    manifest = _rewrite(
+        loaded, finding, options, fingerprint, keep_codes=quantized == "keep", adapter_dtype=adapter_dtype
+    )
     check_model(loaded, f"the model extracted from {where}")
+    if adapter_dtype is not None:
+        adapters = {name: for_ports(one, manifest.sites, adapter_dtype) for name, one in adapters.items()}
     whole = whole_of([Adapter(a.sites, {**a.metadata, "base_fingerprint": fingerprint}) for a in adapters.values()])
     path.parent.mkdir(parents=True, exist_ok=True)
     adapter_path = path.parent / f"adapter.{adapter_format}"
@@ -193,7 +205,13 @@ def _move_codes(model: ir.Model, manifest: Manifest, file: Path) -> None:
 
 
 def _rewrite(
-    model: ir.Model, finding: Finding, options: PortOptions, fingerprint: str, *, keep_codes: bool
+    model: ir.Model,
+    finding: Finding,
+    options: PortOptions,
+    fingerprint: str,
+    *,
+    keep_codes: bool,
+    adapter_dtype: AdapterDtype | None,
 ) -> Manifest:
     """Change ``model`` in place; returns the manifest that it now carries."""
     places: dict[str, list[Found]] = {}
@@ -206,8 +224,9 @@ def _rewrite(
         raise ModelError(
             f"{both[0]} has adapters of two kinds, lora and {others[both[0]][0].site.kind}; export one at a time"
         )
-    sites = SiteTable([*map(_place, places.values()), *map(_place, others.values())])
     kept = _kept(places) if keep_codes else {}
+    sites = SiteTable([*map(_place, places.values()), *map(_place, others.values())])
+    sites = SiteTable(site if site.name in kept else in_dtype(site, adapter_dtype) for site in sites)
     shapes = Shapes(model)
     ranks = {branch: shapes.rank(branch.x) or 2 for found in finding.found for branch in found.branches}
     required = {o.site.name for o in finding.others if any(p.trained or p.prompt for p in o.places)}

@@ -29,6 +29,7 @@ from adapterx.graph.shapes import Shapes
 from adapterx.graph.sites import AdapterLike, find, label
 from adapterx.graph.targets import Modules, Targets, modules_of, targeted
 from adapterx.manifest import Manifest, Port, manifest_of
+from adapterx.port_dtype import AdapterDtype, check, in_dtype
 from adapterx.site import AdapterSite, Kind, SiteTable
 
 
@@ -58,6 +59,7 @@ def inject_adapters(  # noqa: PLR0913 - the options of the contract, all by name
     optional_inputs: bool = True,
     rank: int | None = None,
     partial: bool = False,
+    adapter_dtype: AdapterDtype | None = None,
 ) -> Injection:
     """Put ports for adapters into a model that never had any: exported, optimized or quantized, by any exporter.
 
@@ -83,6 +85,9 @@ def inject_adapters(  # noqa: PLR0913 - the options of the contract, all by name
         rank: of ports that are external, or not dynamic; by default that of ``adapter``
         partial: ``adapter`` is for several files (encoder, decoder); its sites that this one lacks are noted in the
             manifest
+        adapter_dtype: element type of the ports of linear layers, in place of that of their activations:
+            ``"float32"``, ``"float16"``, ``"bfloat16"``, or ``"int8"`` for codes with a scale for each rank, which a
+            session makes of the floats that it is given (needs ``make_inputs``)
 
     Returns:
         The path and the sites.
@@ -92,6 +97,7 @@ def inject_adapters(  # noqa: PLR0913 - the options of the contract, all by name
         MismatchError: the adapter's sites are not in the model, or have other shapes there. Nothing is written.
         OptionError: options that contradict each other, or do not exist.
     """
+    check(adapter_dtype, as_inputs=make_inputs)
     port = _checked(targets, adapter, kinds, make_inputs=make_inputs, pack_inputs=pack_inputs)
     loaded, where = load_model(model), label(model)
     path = target_of(model, Path(output_dir))
@@ -105,7 +111,7 @@ def inject_adapters(  # noqa: PLR0913 - the options of the contract, all by name
         return plan_for_modules(modules, targeted(modules, targets, where=where), kinds=kinds, rank=rank or 0)
 
     options = PortOptions(port, dynamic_rank, optional_inputs, f"{path.stem}.adapter.bin")
-    manifest = _inject(loaded, plan, options, where=where, rank=rank)
+    manifest = _inject(loaded, plan, options, where=where, rank=rank, adapter_dtype=adapter_dtype)
     check_model(loaded, f"the model injected into {where}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path.parent) as stage:
@@ -113,12 +119,15 @@ def inject_adapters(  # noqa: PLR0913 - the options of the contract, all by name
     return Injection(path, manifest.sites)
 
 
-def injected(model: ModelLike, adapters: Sequence[Adapter]) -> tuple[onnx.ModelProto, Path | None]:
+def injected(
+    model: ModelLike, adapters: Sequence[Adapter], *, adapter_dtype: AdapterDtype | None = None
+) -> tuple[onnx.ModelProto, Path | None]:
     """``model`` with an optional input of any rank for everything that ``adapters`` bring, in memory.
 
     Args:
         model: as for :func:`inject_adapters`
         adapters: their sites get ports, those that several have ports for all
+        adapter_dtype: as for :func:`inject_adapters`
 
     Returns:
         The graph, whose external data is not loaded, and the folder that its locations are relative to (``None``
@@ -127,8 +136,9 @@ def injected(model: ModelLike, adapters: Sequence[Adapter]) -> tuple[onnx.ModelP
     Raises:
         ModelError: broken, with ports or adapters already, or without names.
         MismatchError: an adapter's sites are not in the model, or have other shapes there.
-        OptionError: no adapters.
+        OptionError: no adapters, or no such element type.
     """
+    check(adapter_dtype, as_inputs=True)
     if not adapters:
         raise OptionError("the model has no ports for adapters, and no adapter says where they are to be; give one")
     loaded, where = load_model(model), label(model)
@@ -139,7 +149,8 @@ def injected(model: ModelLike, adapters: Sequence[Adapter]) -> tuple[onnx.ModelP
     def plan(modules: Modules) -> Plan:
         return plan_for_adapters(modules, named, where=where)
 
-    _inject(loaded, plan, PortOptions("input", dynamic_rank=True, optional=True, location=""), where=where, rank=None)
+    options = PortOptions("input", dynamic_rank=True, optional=True, location="")
+    _inject(loaded, plan, options, where=where, rank=None, adapter_dtype=adapter_dtype)
     check_model(loaded, f"the model injected into {where}")
     tensors = [value.const_value for graph in loaded.graphs() for value in graph.initializers.values()]
     external = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
@@ -170,7 +181,13 @@ def _checked(
 
 
 def _inject(
-    model: ir.Model, plan: Callable[[Modules], Plan], options: PortOptions, *, where: str, rank: int | None
+    model: ir.Model,
+    plan: Callable[[Modules], Plan],
+    options: PortOptions,
+    *,
+    where: str,
+    rank: int | None,
+    adapter_dtype: AdapterDtype | None,
 ) -> Manifest:
     """Change ``model`` in place; returns the manifest that it now carries."""
     _refuse_adapted(model, where)
@@ -180,7 +197,7 @@ def _inject(
         take_apart(op)
     if fused:
         chosen = plan(modules_of(find_bases(model), where))
-    sites = SiteTable(one.site for one in chosen.planned)
+    sites = SiteTable(in_dtype(one.site, adapter_dtype) for one in chosen.planned)
     if rank is not None:
         sites = SiteTable(dataclasses.replace(site, rank=rank) for site in sites)
     _refuse_unranked(sites, options)

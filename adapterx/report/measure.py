@@ -25,7 +25,7 @@ from adapterx.report.modules import modules, reasons
 from adapterx.report.norms import delta_norm, norm
 from adapterx.report.survey import Row, Survey
 from adapterx.runtime.fit import fit
-from adapterx.site import AdapterSite
+from adapterx.site import LORA_SCALE, AdapterSite
 
 _PORTS = {
     "input": "graph inputs",
@@ -150,5 +150,6 @@ def _exported_bytes(site: AdapterSite) -> int:
         LORA_A: site.rank * site.d_in * math.prod(site.kernel),
         LORA_B: site.rank * site.d_out,
         INPUT_GAIN: site.d_in,
+        LORA_SCALE: site.rank * 2,
     }
-    return sum(sizes.get(port, site.d_out) for port in site.ports) * np.dtype(site.dtype).itemsize
+    return sum(sizes.get(port, site.d_out) * np.dtype(site.dtype_of(port)).itemsize for port in site.graph_ports)
