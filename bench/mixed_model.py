@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ def random_adapter(shapes: dict[str, tuple[int, int]], *, rank: int, seed: int) 
 def _quantized(base: Path, target: Path) -> Path:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
     quantizer = MatMulNBitsQuantizer(onnx.load(base), block_size=BLOCK, is_symmetric=True, accuracy_level=4)
     quantizer.process()
     target.parent.mkdir()
