@@ -103,6 +103,29 @@ def _tensors(change: LowRank, site: AdapterSite) -> dict[str, Array]:
     return {port: _sealed(array.astype(site.dtype_of(port), copy=False)) for port, array in given.items()}
 
 
+def rounded(adapter: Adapter, manifest: Manifest) -> Adapter:
+    """The numbers that the ports of another type than the activations make of an adapter; itself where there are none.
+
+    Args:
+        adapter: fitted, or of the model's own sites
+        manifest: the model's
+    """
+    table = by_name(manifest.sites)
+    if not any(table[name].activations for name in adapter.sites):
+        return adapter
+    return Adapter({name: _rounded(change, table[name]) for name, change in adapter.sites.items()}, adapter.metadata)
+
+
+def _rounded(change: LowRank, site: AdapterSite) -> LowRank:
+    if not site.activations or not change.rank:
+        return change
+    given = _tensors(change, site)
+    a, b = given[LORA_A], given[LORA_B]
+    if LORA_SCALE in given:
+        a, b = a * given[LORA_SCALE][:, :1], b * given[LORA_SCALE][:, 1:]
+    return LowRank(a=a.astype(change.dtype), b=b.astype(change.dtype), parts=change.parts)
+
+
 def _stacked(
     pack: Pack,
     brought: Mapping[str, Mapping[str, Array]],
