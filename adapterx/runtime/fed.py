@@ -71,10 +71,12 @@ def _safe_options(manifest: Manifest, host: Host) -> ort.SessionOptions | None:
     """The host's options; without one optimizer where an old ONNX Runtime would lose float16 adapters.
 
     Before 1.30 it takes the default of a float16 input for a constant, and either folds it in, so that what is fed
-    is ignored without a word, or crashes the process (microsoft/onnxruntime#32143, #32405).
+    is ignored without a word, or crashes the process (microsoft/onnxruntime#32143, #32405). Whatever the activations
+    are: casts of ours are taken for its own. It does so with no other element type.
     """
     major, minor = (int(part) for part in ort.__version__.split(".")[:2])
-    if (major, minor) >= (1, 30) or not manifest.optional or all(s.dtype != "float16" for s in manifest.sites):
+    taken = {site.dtype_of(port) for site in manifest.sites for port in site.ports}
+    if (major, minor) >= (1, 30) or not manifest.optional or "float16" not in taken:
         return host.session_options
     options = host.session_options
     if options is None:
