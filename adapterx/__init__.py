@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from adapterx.merged_checkpoint import merge_peft as merge_peft
     from adapterx.runtime.session import AdapterSession as AdapterSession
     from adapterx.site import AdapterSite as AdapterSite
-    from adapterx.verify import Verification as Verification
+    from adapterx.verification import Verification as Verification
     from adapterx.verify import verify_extraction as verify_extraction
 
     __version__: str
@@ -93,7 +93,7 @@ _HOMES = {
     "Injection": "adapterx.graph.inject",
     "LowRank": "adapterx.adapter",
     "Merge": "adapterx.merge_table",
-    "Verification": "adapterx.verify",
+    "Verification": "adapterx.verification",
     "combine": "adapterx.combination",
     "convert_adapter": "adapterx.convert",
     "extract_adapters": "adapterx.graph.extract",

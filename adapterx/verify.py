@@ -7,7 +7,6 @@ original graph into whose own nodes the same numbers were put.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from rich.table import Table
 
 from adapterx.adapter import Adapter, Array, LowRank
 from adapterx.errors import AdapterxError, ModelError
@@ -31,46 +29,11 @@ from adapterx.manifest import Manifest, manifest_of
 from adapterx.runtime.kept import coded
 from adapterx.runtime.ports import rounded
 from adapterx.runtime.session import AdapterSession
+from adapterx.verification import TOLERANCE, Row, Verification, largest_error
 from adapterx.verify_merged import merged_outputs, needs_merging, random_adapter
-
-TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest error allowed, relative to the largest output (or to 1), by dtype of the adapter's sites."""
 
 # The same for what ports of another dtype than the activations make of an adapter.
 _ROUNDED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 1e-1}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """One check: ``max_error`` is relative to the largest output, or to 1 where outputs are smaller."""
-
-    check: str
-    max_error: float
-    tolerance: float
-    passed: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Verification:
-    """The outcome, row by row; prints as a table. ``notes`` say what could not be proven, and why."""
-
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check did."""
-        return all(row.passed for row in self.rows)
-
-    def table(self) -> Table:
-        """The rows as a rich table."""
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column, side in (("check", "left"), ("max error", "right"), ("allowed", "right"), ("", "left")):
-            table.add_column(column, justify="right" if side == "right" else "left")
-        for row in self.rows:
-            verdict = "[green]pass[/]" if row.passed else "[red]FAIL[/]"
-            table.add_row(row.check, f"{row.max_error:.1e}", f"{row.tolerance:.1e}", verdict)
-        return table
 
 
 def verify_extraction(
@@ -134,10 +97,10 @@ def verify_extraction(
     rows, results = [], {}
     for name, candidate in candidates.items():
         want = _on_original(Path(original), candidate, manifest, adapter=adapter, feeds=feeds)
-        error = _error(_through(session, candidate, feeds), want)
+        error = largest_error(_through(session, candidate, feeds), want)
         rows.append(Row(name, error, bound, error <= bound))
         results[name] = want
-    effect = _error(results["a random adapter"], results["no adapter = base"])
+    effect = largest_error(results["a random adapter"], results["no adapter = base"])
     rows.append(Row("the random adapter changes the output", effect, 10 * bound, effect > 10 * bound))
     return Verification(tuple(rows))
 
@@ -159,7 +122,7 @@ def _by_merging(
         return _run(load_model(path), path, feeds)
 
     want = run(original)
-    errors = {"the exported adapter": _error(_through(session, exported, feeds), want)}
+    errors = {"the exported adapter": largest_error(_through(session, exported, feeds), want)}
     candidates: dict[str, Adapter | None] = {
         "a random adapter": rounded(random_adapter(manifest, rng, grow=0), manifest),
         "a random adapter of other ranks": rounded(
@@ -169,12 +132,14 @@ def _by_merging(
     if not manifest.required:
         candidates = {"no adapter = base": None, **candidates}
     merged, why = merged_outputs(extracted, manifest, candidates, run)
-    errors |= {name: _error(_through(session, candidates[name], feeds), outputs) for name, outputs in merged.items()}
+    errors |= {
+        name: largest_error(_through(session, candidates[name], feeds), outputs) for name, outputs in merged.items()
+    }
     allowed = {name: bound if name in merged else loose for name in errors}
     rows = [Row(name, error, allowed[name], error <= allowed[name]) for name, error in errors.items()]
     if why:
         return Verification(tuple(rows), (f"only the exported adapter was tried: {why}",))
-    effect = _error(merged["a random adapter"], want)
+    effect = largest_error(merged["a random adapter"], want)
     rows.append(Row("the random adapter changes the output", effect, 10 * bound, effect > 10 * bound))
     return Verification(tuple(rows))
 
@@ -300,17 +265,3 @@ def _through(session: AdapterSession, candidate: Adapter | None, feeds: Mapping[
         raise
     except Exception:  # ORT's errors share no other class: shapes do not meet inside the graph
         return []
-
-
-def _error(got: list[Array], want: list[Array]) -> float:
-    if len(got) != len(want):
-        return float("inf")
-    worst = 0.0
-    for one, other in zip(got, want, strict=True):
-        left, right = one.astype(np.float64), other.astype(np.float64)
-        if left.shape != right.shape or not np.array_equal(np.isfinite(left), np.isfinite(right)):
-            return float("inf")
-        finite = np.isfinite(left)
-        size = max(1.0, float(np.abs(right[finite]).max(initial=0.0)))
-        worst = max(worst, float(np.abs(left[finite] - right[finite]).max(initial=0.0)) / size)
-    return worst

@@ -57,7 +57,18 @@ LAYERS: Mapping[str, frozenset[str]] = {
 # A session that is given a model without ports puts them in itself. The import runs only then.
 EXCEPTIONS = frozenset({("runtime.injection", "graph.inject")})
 DOOR_FILES = frozenset(
-    {"__init__", "__main__", "cli", "convert", "merged_checkpoint", "report", "verify", "verify_merged"}
+    {
+        "__init__",
+        "__main__",
+        "cli",
+        "convert",
+        "merged_checkpoint",
+        "report",
+        "verification",
+        "verify",
+        "verify_merged",
+        "verify_mixed",
+    }
 )
 
 MAX_LINES = 400

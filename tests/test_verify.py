@@ -7,11 +7,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from adapterx import verify
 from adapterx.adapter import Adapter, LowRank
 from adapterx.errors import ModelError
 from adapterx.graph.extract import extract_adapters
-from adapterx.verify import TOLERANCE, Row, Verification, verify_extraction
+from adapterx.verification import TOLERANCE, Row, Verification, largest_error
+from adapterx.verify import verify_extraction
 from tests.graph.test_joins import WEIGHTS
 from tests.graph.test_joins import model as joined
 from tests.graph.text_models import Layer, text_model
@@ -176,9 +176,9 @@ def test_feeds_and_tolerance_are_the_callers_when_given(original, tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_what_is_not_finite_in_one_only_differs_and_what_is_in_both_does_not():
     inf, nan = np.array([np.inf, 1.0]), np.array([np.nan, 1.0])
-    assert verify._error([inf], [inf]) == 0.0
-    assert verify._error([inf], [np.array([1e30, 1.0])]) == float("inf")
-    assert verify._error([np.array([2.0, 1.0])], [nan]) == float("inf")
+    assert largest_error([inf], [inf]) == 0.0
+    assert largest_error([inf], [np.array([1e30, 1.0])]) == float("inf")
+    assert largest_error([np.array([2.0, 1.0])], [nan]) == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_what_is_not_finite_in_one_only_differs_and_what_is_in_both_does_not():
     ],
 )
 def test_an_error_is_the_largest_of_all_outputs_relative_to_an_output_but_to_no_less_than_one(got, want, error):
-    assert verify._error([np.array(one) for one in got], [np.array(one) for one in want]) == error
+    assert largest_error([np.array(one) for one in got], [np.array(one) for one in want]) == error
 
 
 def test_two_adapters_at_one_place_are_verified_as_their_sum(tmp_path):
