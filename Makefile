@@ -1,11 +1,12 @@
 # make demo   real adapters taken out of a real exported model and swapped; needs no torch and no compiler
-# make test   lint and every test
+# make kernels   the compiled kernels, as a wheel, into .venv; with CUDA=ON those for CUDA, too (needs nvcc)
+# make test   lint, kernels and every test
 # make lint | bench | clean
 #
 # Each installs exactly what it needs into .venv, pinned by constraints.txt, and only when the pins have changed.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo kernels test lint bench clean
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
@@ -15,6 +16,8 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-compile -c cons
 # The tests run in two processes; a thread pool in each would only make them wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 JOBS ?= 2
+# Off, although CMake would look for nvcc by itself: the onnxruntime in .venv has no CUDA, and three architectures take time.
+CUDA ?= OFF
 
 # Any Python from 3.11 on, whatever it is called; `make PYTHON=/path/to/python` decides otherwise.
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
@@ -27,7 +30,10 @@ help:
 demo: $(VENV)/.demo
 	@$(PY) samples/demo.py
 
-test: lint
+kernels: $(VENV)/.demo $(VENV)/.kernels-$(CUDA)
+	@$(VENV)/bin/adapterx env | grep '^kernels'
+
+test: lint $(VENV)/.kernels-$(CUDA)
 	$(ONE_THREAD) $(PY) -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
@@ -64,3 +70,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
 	@echo "installing adapterx[dev] into $(VENV)"
 	@$(PIP) -e ".[dev]"
 	@touch $@ $(VENV)/.demo
+
+# Of the wheel that lies in .venv there is one stamp, whichever kind it is.
+$(VENV)/.kernels-$(CUDA): $(shell find kernels -type f ! -path '*/harness/*' ! -path '*/__pycache__/*') | $(PY)
+	@echo "building adapterx-kernels into $(VENV)"
+	@rm -rf build/kernels $(VENV)/.kernels-*
+	@ADAPTERX_CUDA=$(CUDA) kernels/build.sh $(PY) build/kernels
+	@$(PIP) --no-deps --force-reinstall build/kernels/*.whl
+	@touch $@

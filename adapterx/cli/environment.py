@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 from adapterx.cli.options import Json
 from adapterx.cli.report import new_table, print_json, print_table
+
+Value: TypeAlias = str | list[str] | dict[str, Any] | None
 
 _PACKAGES = (
     "adapterx",
@@ -29,11 +33,11 @@ def env(*, as_json: Json = False) -> None:
         return
     table = new_table("what", "found")
     for name, value in rows.items():
-        table.add_row(name, ", ".join(value) if isinstance(value, list) else value or "not installed")
+        table.add_row(name, _shown(value))
     print_table(table)
 
 
-def environment() -> dict[str, str | list[str] | None]:
+def environment() -> dict[str, Value]:
     """What is installed here, by name; ``None`` for what is not."""
     import os
     import platform
@@ -43,8 +47,14 @@ def environment() -> dict[str, str | list[str] | None]:
         "platform": f"{platform.platform()}, {os.cpu_count()} CPUs",
         **{package: _version(package) for package in _PACKAGES},
         "providers": _providers(),
-        "kernels": "none in this version: LowRankAdd runs as an ONNX function",
+        "kernels": _kernels(),
     }
+
+
+def _shown(value: Value) -> str:
+    if isinstance(value, dict):
+        return ", ".join([value["version"], f"{value['isa']} on this machine", value["path"], *value["providers"]])
+    return ", ".join(value) if isinstance(value, list) else value or "not installed"
 
 
 def _version(package: str) -> str | None:
@@ -62,3 +72,18 @@ def _providers() -> list[str]:
     except ImportError as error:
         return [f"none: {error}"]
     return list(onnxruntime.get_available_providers())
+
+
+def _kernels() -> dict[str, Any] | str | None:
+    """The library that a session here would use; what is wrong with it where it is broken."""
+    import dataclasses
+
+    from adapterx.errors import AdapterxError
+
+    try:
+        from adapterx.runtime.kernels import find_kernels
+
+        kernels = find_kernels()
+    except AdapterxError as error:
+        return f"none: {error}"
+    return None if kernels is None else {**dataclasses.asdict(kernels), "path": str(kernels.path)}
