@@ -195,16 +195,14 @@ class AdapterBank:
             return _Claim(shelf, slots, missing)
 
     def _fill(self, claim: _Claim) -> None:
-        if not claim.missing:
-            return
         for resident in claim.missing:
             claim.shelf.fill(resident, claim.slots[resident])
-        claim.shelf.publish()
-        with self._changed:
-            for resident in claim.missing:
+            if resident is claim.missing[-1]:
+                claim.shelf.publish()
+            with self._changed:
                 claim.slots[resident].state = "ready"
-            self._loads += len(claim.missing)
-            self._changed.notify_all()
+                self._loads += 1
+                self._changed.notify_all()
 
     def _settled(self, claim: _Claim) -> bool:
         """Wait until nobody fills what the claim may read; whether all of its slots are ready."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -40,13 +41,13 @@ class BankInput:
         return self.members * math.prod(self.width) * self.dtype.itemsize
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Every input of a bank.
 
     Args:
         inputs: in the order of the sites, packed ones last
-        can_skip: a graph whose kernel skips what a mask leaves out skips it everywhere: nothing but linear sites
+        can_skip: a graph whose kernel skips what a mask leaves out skips it at every site: all are one ``LowRankAdd``
     """
 
     inputs: tuple[BankInput, ...]
@@ -65,7 +66,7 @@ class Layout:
         inputs = []
         for name in (name for name in sites if name in held):
             mixed = () if name in manifest.unmixed else (0,)
-            for port in sites[name].ports:
+            for port in sites[name].graph_ports:
                 if port != PROMPT and (name, port) not in packed:
                     inputs.append(_input(tensor_name(name, port), sites[name], port, members=1, mixed=mixed))
         for pack in manifest.packs:
@@ -73,17 +74,23 @@ class Layout:
                 own = tuple(i for i, name in enumerate(pack.sites) if name not in manifest.unmixed)
                 first = sites[pack.sites[0]]
                 inputs.append(_input(pack.name, first, pack.side, members=len(pack.sites), mixed=own))
-        linear = all(not sites[name].kernel and not sites[name].is_embedding for name in held)
-        return cls(tuple(inputs), linear and not any(each.is_vector for each in inputs))
+        multiplied = all(sites[name].is_multiplied for name in held if PROMPT not in sites[name].ports)
+        return cls(tuple(inputs), multiplied and not any(each.is_vector for each in inputs))
 
-    @property
+    @functools.cached_property
     def has_vectors(self) -> bool:
         """Whether any input has a row an adapter."""
         return any(each.is_vector for each in self.inputs)
 
     def nbytes(self, rows: int, count: int) -> int:
         """Bytes of a bank of ``rows`` rows a rank and ``count`` rows an adapter."""
-        return sum(each.row_nbytes * (count if each.is_vector else rows) for each in self.inputs)
+        a_rank, an_adapter = self._row_nbytes
+        return rows * a_rank + count * an_adapter
+
+    @functools.cached_property
+    def _row_nbytes(self) -> tuple[int, int]:
+        a_rank = sum(each.row_nbytes for each in self.inputs if not each.is_vector)
+        return a_rank, sum(each.row_nbytes for each in self.inputs) - a_rank
 
 
 def _held(manifest: Manifest) -> frozenset[str]:
@@ -97,4 +104,4 @@ def _held(manifest: Manifest) -> frozenset[str]:
 
 
 def _input(name: str, site: AdapterSite, port: str, *, members: int, mixed: tuple[int, ...]) -> BankInput:
-    return BankInput(name, port in VECTORS, members, mixed, site.width(port), np.dtype(site.dtype))
+    return BankInput(name, port in VECTORS, members, mixed, site.width(port), np.dtype(site.dtype_of(port)))

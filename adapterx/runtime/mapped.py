@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import mmap
+import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, TypeAlias
 
@@ -106,10 +109,27 @@ def _pages(arrays: Mapping[_Place, Array], size: int) -> Array:
                 file.write(array.reshape(-1).view(np.uint8).data)
                 file.write(bytes(-array.nbytes % _ALIGNED))
             file.flush()
-            return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+            return _map(file.fileno(), size)
     except (OSError, ValueError) as error:
         raise OptionError(
             f"adapters beyond what may lie in memory go to a temporary file of {size:,} bytes, which cannot be "
             f"written and mapped in {tempfile.gettempdir()} ({error}); set TMPDIR to a folder with room, or raise "
             "max_cpu_loras and max_cpu_bytes"
         ) from error
+
+
+def _map(descriptor: int, size: int) -> Array:
+    """Read-only pages of an open file, which outlive its descriptor."""
+    if os.name == "nt":
+        return np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)
+    # Python's own mmap keeps a descriptor (until 3.13 always), and 1,024 of them are a common limit of a process.
+    system = ctypes.CDLL(None, use_errno=True)
+    system.mmap.restype = ctypes.c_void_p
+    number = ctypes.c_int
+    system.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_long)
+    address = system.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    pages = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(pages, system.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
+    return np.frombuffer(memoryview(pages).toreadonly(), np.uint8)
