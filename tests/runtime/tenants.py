@@ -14,6 +14,7 @@ import numpy as np
 
 from adapterx.adapter import GAIN, LORA_A, LORA_B, PROMPT, Adapter, LowRank, tensor_name
 from adapterx.manifest import Manifest, Pack
+from adapterx.runtime.bank import AdapterBank, Lease
 from adapterx.runtime.ports import mask_columns, port_arrays
 from adapterx.runtime.resident import Resident
 from adapterx.site import LOW_RANK, VECTORS, AdapterSite, SiteTable
@@ -86,7 +87,7 @@ def numbers(value: Any) -> np.ndarray:
     return np.frombuffer(memory, np.dtype("bfloat16")).reshape(shape)
 
 
-def assert_holds(lease: Any, residents: Iterable[Resident], manifest: Manifest) -> None:
+def assert_holds(lease: Lease, residents: Iterable[Resident], manifest: Manifest) -> None:
     """Every input has exactly the adapters' bytes in their ranges, zeros where they have nothing, nothing twice."""
     residents = list(residents)
     assert set(lease.ranges) == set(lease.rows) == set(residents)
@@ -112,3 +113,21 @@ def assert_holds(lease: Any, residents: Iterable[Resident], manifest: Manifest) 
             given = given.reshape(members, -1, held.shape[-1])
             np.testing.assert_array_equal(here[:, : given.shape[1]], given.view(here.dtype), err_msg=name)
             assert not here[:, given.shape[1] :].any(), name
+
+
+def leased(bank: AdapterBank, *residents: Resident) -> Lease:
+    """A lease that was given back."""
+    with bank.lease(residents) as lease:
+        return lease
+
+
+def copies(lease: Lease) -> dict[str, np.ndarray]:
+    """What its arrays hold at this moment."""
+    return {name: numbers(value).copy() for name, value in lease.tensors.items()}
+
+
+def shelf_nbytes(manifest: Manifest, rows: int) -> int:
+    """Bytes of a bank with one shelf, of so many rows."""
+    bank = AdapterBank(manifest)
+    leased(bank, whole(manifest, 0, rows))
+    return bank.nbytes
