@@ -20,6 +20,8 @@ INTERRUPTED: Final = 130
 # Messages are written for Python; whoever typed a command is told what to type.
 _SPELLINGS: Final = {
     "adapter=...": "--adapter PATH",
+    "adapter_dtype='int8'": "--adapter-dtype int8",
+    "adapter_dtype": "--adapter-dtype",
     "allow_other_base=True": "--allow-other-base",
     "component=": "--component ",
     "a regular expression has to be compiled: re.compile(...)": "a regular expression is given as --pattern",
