@@ -14,11 +14,12 @@ import onnx_ir as ir
 
 from adapterx.adapter import GAIN, INPUT_GAIN, LORA_A, LORA_B, SHIFT
 from adapterx.errors import ModelError
-from adapterx.graph.masks import Masks
+from adapterx.graph.facts import FIRST, Rows
+from adapterx.graph.masks import Masks, Operand
 from adapterx.graph.operations import factor_of
 from adapterx.graph.ports import Ports, onnx_dtype, reshaped
 from adapterx.graph.rows import entrance
-from adapterx.manifest import MASK, ROW_MASK
+from adapterx.manifest import ROW_MASK
 from adapterx.ops import DOMAIN, LOW_RANK_ADD, ROW_VECTOR, VERSION
 from adapterx.site import LORA_SCALE, AdapterSite
 
@@ -35,6 +36,8 @@ class Place:
         op: the base operation
         rank: dimensions of ``base``; 2 where nothing tells (a mask then enters as it is)
         call: how often the module was called before, in this graph; each call has nodes of its own
+        rows: where the rows of a batch lie in ``base``; ``None`` where its rows cannot be told apart
+        at: a value with as many entries along ``rows.axis``, ``None`` where those are the rows themselves
     """
 
     base: ir.Value
@@ -42,6 +45,12 @@ class Place:
     op: ir.Node | None
     rank: int
     call: int = 0
+    rows: Rows | None = FIRST
+    at: ir.Value | None = None
+
+    def operand(self, site: AdapterSite, rank: int | None = None, *, leading: bool = False) -> Operand:
+        """What a mask meets here."""
+        return Operand(rank or self.rank, onnx_dtype(site), self.rows, self.at, leading)
 
 
 def attached(model: ir.Model, place: Place, site: AdapterSite, ports: Ports, masks: Masks) -> list[ir.Node]:
@@ -124,7 +133,7 @@ def _vector(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, ma
     """Each row's own vector, ready to broadcast against the base."""
     # Channels lie second, so a convolution's vectors get their other axes afterwards.
     rank = 2 if site.kernel else place.rank
-    mask = masks.form(rank, onnx_dtype(site), name=ROW_MASK)
+    mask = masks.form(place.operand(site, rank), name=ROW_MASK)
     row = ir.node(ROW_VECTOR, [port, mask], domain=DOMAIN, version=VERSION, name=f"{site.name}.{name}/{ROW_VECTOR}")
     row.outputs[0].name = f"{row.name}.out"
     if not site.kernel:
@@ -135,7 +144,7 @@ def _vector(model: ir.Model, place: Place, site: AdapterSite, port: ir.Value, ma
 
 def _multiplied(_: ir.Model, place: Place, site: AdapterSite, ports: Ports, masks: Masks) -> list[ir.Node]:
     nodes, x = _multiplied_x(place, site)
-    inputs = [place.base, x, ports[LORA_A], ports[LORA_B], masks.form(place.rank, onnx_dtype(site))]
+    inputs = [place.base, x, ports[LORA_A], ports[LORA_B], masks.form(place.operand(site))]
     inputs += [ports[LORA_SCALE]] if LORA_SCALE in ports else []
     return [*nodes, ir.node(LOW_RANK_ADD, inputs, domain=DOMAIN, version=VERSION, name=f"{site.name}/{LOW_RANK_ADD}")]
 
@@ -156,7 +165,7 @@ def _looked_up(_: ir.Model, place: Place, site: AdapterSite, ports: Ports, masks
     low = ir.node("Gather", [ports[LORA_A], place.x], attributes={"axis": 1}, name=f"{site.name}.lora/Gather")
     order = [*range(1, place.rank), 0]
     last = ir.node("Transpose", [low.outputs[0]], attributes={"perm": order}, name=f"{site.name}.lora/Transpose")
-    mask = masks.form(place.rank, onnx_dtype(site))
+    mask = masks.form(place.operand(site))
     return [low, last, *_weighed(place, site, last.outputs[0], mask, ports[LORA_B])]
 
 
@@ -171,7 +180,7 @@ def _convolved(model: ir.Model, place: Place, site: AdapterSite, ports: Ports, m
     assert place.op is not None, "a convolution's site has its operation"
     same = {name: place.op.attributes[name].value for name in _COPIED if name in place.op.attributes}
     low = ir.node("Conv", [place.x, ports[LORA_A]], attributes=same, name=f"{site.name}.lora_A/Conv")
-    mask = masks.form(2 + len(site.kernel), onnx_dtype(site), name=MASK, leading=True)
+    mask = masks.form(place.operand(site, 2 + len(site.kernel), leading=True))
     masked = ir.node("Mul", [low.outputs[0], mask], name=f"{site.name}.lora/Mul")
     turned = ir.node("Transpose", [ports[LORA_B]], attributes={"perm": [1, 0]}, name=f"{site.name}.lora_B/Transpose")
     axes = list(range(2, 2 + len(site.kernel)))

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from adapterx.adapter import SHIFT, Adapter, LowRank
+from adapterx.adapter import INPUT_GAIN, PROMPT, SHIFT, Adapter, LowRank
 from adapterx.base_weight import BaseWeight
 from adapterx.combination import combine
 from adapterx.errors import ModelError, OptionError, nearest
 from adapterx.formats import save_adapter
+from adapterx.graph.attach import Place
 from adapterx.graph.bases import Base, find_bases
 from adapterx.graph.branch_weights import low_rank_of
 from adapterx.graph.calibration import refuse_calibrated
+from adapterx.graph.exported import Exported
 from adapterx.graph.fingerprint import fingerprint_of
 from adapterx.graph.kept import into_file, is_quantized, keep
 from adapterx.graph.load import ModelLike, check_model, load_model
@@ -26,9 +28,10 @@ from adapterx.graph.masks import Masks
 from adapterx.graph.other_kinds import Other
 from adapterx.graph.ported import Origin, give_ports
 from adapterx.graph.ports import PortOptions, Ports
-from adapterx.graph.rewire import blank, bypass, bypass_exported, put_exported, rewire
+from adapterx.graph.rewire import blank, bypass, bypass_exported, put_exported, put_prompt, rewire
 from adapterx.graph.save import save_model, staged, target_of
 from adapterx.graph.shapes import Shapes
+from adapterx.graph.site_rows import SiteRows, site_rows
 from adapterx.graph.sites import AdapterLike, Finding, Found, find, label, refuse_partial
 from adapterx.graph.stored import weight_values
 from adapterx.manifest import KEY, Kept, Manifest, SiteBase, manifest_of
@@ -228,7 +231,17 @@ def _rewrite(
     sites = SiteTable([*map(_place, places.values()), *map(_place, others.values())])
     sites = SiteTable(site if site.name in kept else in_dtype(site, adapter_dtype) for site in sites)
     shapes = Shapes(model)
-    ranks = {branch: shapes.rank(branch.x) or 2 for found in finding.found for branch in found.branches}
+    rows = SiteRows() if options.port == "external" else site_rows(model, shapes, _meeting_masks(places, others))
+
+    def place_of(site: str, met: ir.Value, *, x: ir.Value, op: ir.Node | None, call: int) -> Place:
+        return Place(met, x, op, shapes.rank(met) or 2, call, rows=rows.of(site, met))
+
+    # Before anything is rewired.
+    met = {
+        branch: place_of(name, branch.x, x=branch.x, op=branch.base_op, call=call)
+        for name, (first, *_) in places.items()
+        for call, branch in enumerate(first.branches)
+    }
     required = {o.site.name for o in finding.others if any(p.trained or p.prompt for p in o.places)}
     required |= {found.site.name for found in finding.found if found.trained}
     for trained in (*(f.trained for f in finding.found), *(p.trained for o in finding.others for p in o.places)):
@@ -237,19 +250,18 @@ def _rewrite(
     def put(site: AdapterSite, ports: Ports, masks: Masks) -> None:
         if site.name in others:
             first_other, *further = others[site.name]
-            for call, exported in enumerate(first_other.places):
-                put_exported(model, exported, site, ports, masks, shapes=shapes, call=call)
+            _put_calls(model, first_other.places, site, ports, masks, place_of=place_of)
             for exported in (place for other in further for place in other.places):
                 bypass_exported(exported)
             return
         first, *rest = places[site.name]
-        for call, branch in enumerate(first.branches):
-            rewire(model, branch, site, ports, masks, rank=ranks[branch], call=call)
+        for branch in first.branches:
+            rewire(model, branch, site, ports, masks, place=met[branch])
         for found in rest:
             for branch in found.branches:
                 bypass(branch)
 
-    origin = Origin(fingerprint, finding.base_model, finding.absent, _bases(model, finding))
+    origin = Origin(fingerprint, finding.base_model, finding.absent, _bases(model, finding), rows)
     ported = SiteTable(site for site in sites if site.name not in kept)
     options = dataclasses.replace(options, required=frozenset(required))
     manifest = give_ports(model, ported, options, put, origin=origin)
@@ -257,6 +269,37 @@ def _rewrite(
         manifest = dataclasses.replace(manifest, sites=sites, kept=kept)
         model.metadata_props[KEY] = manifest.dumps()
     return manifest
+
+
+def _put_calls(
+    model: ir.Model,
+    calls: Sequence[Exported],
+    site: AdapterSite,
+    ports: Ports,
+    masks: Masks,
+    *,
+    place_of: Callable[..., Place],
+) -> None:
+    """Let ``site``'s ports do what an exported adapter of another kind did, at every call of its module."""
+    for call, exported in enumerate(calls):
+        base, x, op = exported.base, exported.x, exported.op
+        if exported.prompt is not None:
+            put_prompt(model, exported.prompt, ports[PROMPT])
+            continue
+        assert base is not None and x is not None, "only a prompt has neither"  # noqa: PT018
+        place, before = (place_of(site.name, value, x=x, op=op, call=call) for value in (base, x))
+        put_exported(model, exported, site, ports, masks, place=place, before=before)
+
+
+def _meeting_masks(
+    places: Mapping[str, Sequence[Found]], others: Mapping[str, Sequence[Other]]
+) -> dict[str, list[ir.Value]]:
+    """By site, the values that its masks will meet, at every call."""
+    met = {name: [branch.x for branch in first.branches] for name, (first, *_) in places.items()}
+    for name, (first_other, *_) in others.items():
+        read = [place.x for place in first_other.places if INPUT_GAIN in first_other.site.ports]
+        met[name] = [value for value in (*(place.base for place in first_other.places), *read) if value is not None]
+    return met
 
 
 def _kept(places: dict[str, list[Found]]) -> dict[str, Kept]:

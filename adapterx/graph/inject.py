@@ -26,6 +26,7 @@ from adapterx.graph.rewire import put_after
 from adapterx.graph.rows import folded_rows, unflattening
 from adapterx.graph.save import name_as_placed, save_model, staged, target_of
 from adapterx.graph.shapes import Shapes
+from adapterx.graph.site_rows import SiteRows, site_rows
 from adapterx.graph.sites import AdapterLike, find, label
 from adapterx.graph.targets import Modules, Targets, modules_of, targeted
 from adapterx.manifest import Manifest, Port, manifest_of
@@ -206,6 +207,9 @@ def _inject(
     # Asked before anything is rewired: what comes later states no shape.
     outputs = {base.op: _output(base, shapes) for members in bases.values() for base in members}
     ranks = {op: shapes.rank(output) or 2 for op, output in outputs.items()}
+    rows = SiteRows()
+    if options.port != "external":
+        rows = site_rows(model, shapes, {name: [outputs[b.op] for b in found] for name, found in bases.items()})
     adapted: dict[ir.Value, ir.Value] = {}
 
     def put(site: AdapterSite, ports: Ports, masks: Masks) -> None:
@@ -213,13 +217,15 @@ def _inject(
             output, x = outputs[base.op], adapted.get(base.x, base.x)
             users = list(output.uses())
             before = [] if output is base.output else unflattening(x, output, base.d_in, site.name)
-            place = Place(output, before[-1].outputs[0] if before else x, base.op, ranks[base.op], call)
+            there, at = rows.of(site.name, output), output if before else x
+            x = before[-1].outputs[0] if before else x
+            place = Place(output, x, base.op, ranks[base.op], call, rows=there, at=at)
             nodes = [*numbered(before, call), *attached(model, place, site, ports, masks)]
             put_after(output, nodes, users)
             if nodes:
                 adapted[output] = nodes[-1].outputs[0]
 
-    origin = Origin(chosen.fingerprint, chosen.base_model, chosen.elsewhere, chosen.bases)
+    origin = Origin(chosen.fingerprint, chosen.base_model, chosen.elsewhere, chosen.bases, rows)
     return give_ports(model, sites, options, put, origin=origin)
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from adapterx.errors import ModelError
 from adapterx.graph.masks import Masks
 from adapterx.graph.ports import PortOptions, Ports, add_ports, onnx_dtype
+from adapterx.graph.site_rows import SiteRows
 from adapterx.manifest import KEY, MASK, Manifest, SiteBase
 from adapterx.ops import DOMAIN, VERSION, low_rank_add_function, row_vector_function
 from adapterx.site import VECTORS, AdapterSite, SiteTable
@@ -30,12 +31,14 @@ class Origin:
         base_model: what an adapter calls the base
         elsewhere: sites that other files of the export hold
         bases: weights and biases of sites that take gains and shifts
+        rows: of a batch, and which sites tell them apart
     """
 
     fingerprint: str = ""
     base_model: str = ""
     elsewhere: tuple[str, ...] = ()
     bases: Mapping[str, SiteBase] = dataclasses.field(default_factory=dict)
+    rows: SiteRows = dataclasses.field(default_factory=SiteRows)
 
 
 def give_ports(model: ir.Model, sites: SiteTable, options: PortOptions, put: Put, *, origin: Origin) -> Manifest:
@@ -56,6 +59,7 @@ def give_ports(model: ir.Model, sites: SiteTable, options: PortOptions, put: Put
     masks = Masks(model, as_input=as_inputs)
     for site in sites:
         put(site, values[site.name], masks)
+    masks.place()
     opset = model.opset_imports[""]
     functions = [_low_rank_add(sites, opset)]
     if any(port in VECTORS for site in sites for port in site.ports):
@@ -77,6 +81,8 @@ def give_ports(model: ir.Model, sites: SiteTable, options: PortOptions, put: Put
         elsewhere=origin.elsewhere,
         required=tuple(site.name for site in sites if site.name in options.required),
         bases=origin.bases,
+        batch=origin.rows.batch,
+        unmixed=origin.rows.unmixed,
     )
     model.metadata_props[KEY] = manifest.dumps()
     return manifest

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from adapterx.adapter import INPUT_GAIN, PROMPT
+from adapterx.adapter import INPUT_GAIN
 from adapterx.errors import ModelError
 from adapterx.graph.apart import activation_after
 from adapterx.graph.attach import Place, attached, scaled_input
@@ -16,7 +16,6 @@ from adapterx.graph.branches import SKIP_NORMS, Branch
 from adapterx.graph.exported import Exported, Operand
 from adapterx.graph.masks import Masks
 from adapterx.graph.ports import Ports, prepend, reshaped
-from adapterx.graph.shapes import Shapes
 from adapterx.graph.view import MICROSOFT, constant, is_op
 from adapterx.site import AdapterSite
 
@@ -29,7 +28,13 @@ _NORMS = {
 
 
 def rewire(
-    model: ir.Model, branch: Branch, site: AdapterSite, ports: Ports, masks: Masks, *, rank: int, call: int = 0
+    model: ir.Model,
+    branch: Branch,
+    site: AdapterSite,
+    ports: Ports,
+    masks: Masks,
+    *,
+    place: Place,
 ) -> None:
     """Let ``site``'s ports do what ``branch`` did.
 
@@ -39,11 +44,11 @@ def rewire(
         site: which of the ports there are
         ports: their values
         masks: made as they are needed
-        rank: dimensions of what the branch reads
-        call: how often the module was called before
+        place: as it was before anything was rewired
     """
     base, before = _base_of(branch)
-    nodes = attached(model, Place(base, branch.x, branch.base_op, rank, call), site, ports, masks)
+    place = dataclasses.replace(place, base=base, x=branch.x, at=branch.x)
+    nodes = attached(model, place, site, ports, masks)
     nodes[-1].name = branch.join.name
     nodes[-1].metadata_props.update(branch.join.metadata_props)
     _put(branch, nodes, before)
@@ -56,20 +61,31 @@ def bypass(branch: Branch) -> None:
 
 
 def put_exported(
-    model: ir.Model, exported: Exported, site: AdapterSite, ports: Ports, masks: Masks, *, shapes: Shapes, call: int = 0
+    model: ir.Model,
+    exported: Exported,
+    site: AdapterSite,
+    ports: Ports,
+    masks: Masks,
+    *,
+    place: Place,
+    before: Place,
 ) -> None:
-    """Let ``site``'s ports do what an exported adapter of another kind than linear LoRA did, at one call of it."""
-    if exported.prompt is not None:
-        _put_prompt(model, exported.prompt, ports[PROMPT])
-        return
-    op, join = exported.op, exported.join
-    assert exported.base is not None, "only a prompt has no base"
-    assert op is not None, "only a prompt has no operation"
-    assert exported.x is not None, "an operation has an operand"
-    place = Place(_now(exported.base), _now(exported.x), op, shapes.rank(exported.base) or 2, call)
+    """Let ``site``'s ports do what an exported adapter of another kind than linear LoRA did, at one call of it.
+
+    Args:
+        model: that we may change
+        exported: in it, and no prompt
+        site: which of the ports there are
+        ports: their values
+        masks: made as they are needed
+        place: as it was before anything was rewired
+        before: the same for what is put in front of the operation: where a mask meets what it reads
+    """
+    base, x, join = _now(place.base), _now(place.x), exported.join
+    place = dataclasses.replace(place, base=base, x=x, at=base)
     if join is not None and INPUT_GAIN in ports:
         # It stands before the operation; the others come behind it.
-        before = dataclasses.replace(place, rank=shapes.rank(exported.x) or place.rank)
+        before = dataclasses.replace(before, base=base, x=x, at=x)
         scaled = scaled_input(model, before, site, ports[INPUT_GAIN], masks)
         _replace(join, scaled, {0: scaled[-1].outputs[0]})
         drop_dead(exported.nodes)
@@ -98,7 +114,7 @@ def bypass_exported(exported: Exported) -> None:
     drop_dead(exported.nodes)
 
 
-def _put_prompt(model: ir.Model, constant_prompt: ir.Value, port: ir.Value) -> None:
+def put_prompt(model: ir.Model, constant_prompt: ir.Value, port: ir.Value) -> None:
     """Let whoever reads the constant read ``port``, under as many leading dimensions of 1."""
     assert constant_prompt.const_value is not None, "a prompt is a constant"
     axes = list(range(len(constant_prompt.const_value.shape.numpy()) - 2))
