@@ -54,7 +54,13 @@ EXPORT const char* adapterx_kernels_version() noexcept { return ADAPTERX_KERNELS
 EXPORT int adapterx_kernels_ort_api() noexcept { return ORT_API_VERSION; }
 
 // The execution providers that it has kernels for, with commas between.
-EXPORT const char* adapterx_kernels_providers() noexcept { return "CPUExecutionProvider"; }
+EXPORT const char* adapterx_kernels_providers() noexcept {
+#ifdef ADAPTERX_CUDA
+  return "CPUExecutionProvider,CUDAExecutionProvider";
+#else
+  return "CPUExecutionProvider";
+#endif
+}
 
 // The instruction set that calls use now, or nullptr where ADAPTERX_KERNELS_ISA names one that cannot be used.
 EXPORT const char* adapterx_kernels_isa() noexcept {
