@@ -68,6 +68,7 @@ DOOR_FILES = frozenset(
         "verify",
         "verify_merged",
         "verify_mixed",
+        "verify_rows",
     }
 )
 

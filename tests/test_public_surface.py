@@ -20,6 +20,7 @@ VERBS = {
     "convert_adapter",
     "combine",
     "verify_extraction",
+    "verify_mixed",
 }
 NOUNS = {"Adapter", "LowRank", "AdapterSession", "AdapterSite", "Extraction", "Injection", "Merge", "Verification"}
 ERRORS = {

@@ -9,26 +9,34 @@ from adapterx.adapter import Array
 from adapterx.graph.view import is_op, source
 from adapterx.manifest import MASK, Manifest
 
-_BATCH, _LENGTH = 2, 5
 _UNBOUNDED = 2
 
 
-def example_feeds(model: ir.Model, *, seed: int = 0, manifest: Manifest | None = None) -> dict[str, Array]:
+def example_feeds(
+    model: ir.Model,
+    *,
+    seed: int = 0,
+    manifest: Manifest | None = None,
+    rows: int = 2,
+    length: int = 5,
+) -> dict[str, Array]:
     """Random feeds for every required input of ``model``.
 
-    Symbolic dimensions get one small size each (the first of an input is the batch, 2; others 5; ``a + b`` is the sum).
-    Integers that index a table stay below its length; masks are ones; positions count up.
+    Symbolic dimensions get one small size each (the first of an input is the batch, others are lengths; ``a + b`` is
+    the sum). Integers that index a table stay below its length; masks are ones; positions count up.
 
     Args:
         model: its graph; weights are not read
         seed: of the random numbers
         manifest: of an extracted model, whose ports are left out
+        rows: of the batch, where the model does not fix them
+        length: of every other symbolic dimension
     """
     rng = np.random.default_rng(seed)
     sizes: dict[str, int] = {}
     skip = _ports(manifest)
     return {
-        value.name: _feed(value, _shape(value, sizes), rng)
+        value.name: _feed(value, _shape(value, sizes, (rows, length)), rng)
         for value in model.graph.inputs
         if value.name is not None and value.name not in skip and not value.is_initializer()
     }
@@ -44,7 +52,8 @@ def _ports(manifest: Manifest | None) -> set[str]:
     }
 
 
-def _shape(value: ir.Value, sizes: dict[str, int]) -> tuple[int, ...]:
+def _shape(value: ir.Value, sizes: dict[str, int], fresh: tuple[int, int]) -> tuple[int, ...]:
+    """``sizes`` are those of symbols that were met; ``fresh`` is for others: of a first axis, and of any other."""
     dims = [] if value.shape is None else list(value.shape)
     shape = []
     for axis, dim in enumerate(dims):
@@ -52,14 +61,12 @@ def _shape(value: ir.Value, sizes: dict[str, int]) -> tuple[int, ...]:
             shape.append(dim)
             continue
         symbol = str(dim.value) if dim.value is not None else f"{value.name}[{axis}]"
-        shape.append(sum(_size(part.strip(), axis, sizes) for part in symbol.split("+")))
+        shape.append(sum(_size(part.strip(), sizes, fresh[axis > 0]) for part in symbol.split("+")))
     return tuple(shape)
 
 
-def _size(symbol: str, axis: int, sizes: dict[str, int]) -> int:
-    if symbol.isdigit():
-        return int(symbol)
-    return sizes.setdefault(symbol, _BATCH if axis == 0 else _LENGTH)
+def _size(symbol: str, sizes: dict[str, int], fresh: int) -> int:
+    return int(symbol) if symbol.isdigit() else sizes.setdefault(symbol, fresh)
 
 
 def _feed(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator) -> Array:

@@ -38,6 +38,11 @@ def test_a_symbol_has_one_size_and_the_first_is_the_batch(shape, want):
     assert feeds_of(f"float[{shape}] x")["x"].shape == want
 
 
+def test_rows_and_lengths_may_be_asked_for_where_the_model_does_not_fix_them():
+    feeds = feeds_of("float[N, T, 8] x, float[N, 7] z, float[T] p", rows=6, length=1)
+    assert {name: feed.shape for name, feed in feeds.items()} == {"x": (6, 1, 8), "z": (6, 7), "p": (1,)}
+
+
 def test_a_symbol_keeps_its_size_in_every_input():
     feeds = feeds_of("float[N, T] x, float[T, N] z, float[M, T] w")
     assert [feeds[name].shape for name in "xzw"] == [(2, 5), (5, 2), (2, 5)]
