@@ -24,6 +24,7 @@ from adapterx.errors import ModelError, OptionError
 from adapterx.runtime.base_tensors import BaseTensors
 from adapterx.runtime.inference import Host, ort, ort_values
 from adapterx.runtime.kept import coded, exported_codes
+from adapterx.runtime.kernels import KernelMode, Kernels, register_kernels
 from adapterx.runtime.options import copied, entry
 from adapterx.runtime.ports import port_arrays
 from adapterx.runtime.relocation import relocate
@@ -52,13 +53,15 @@ class BakedModels:
         source: a model in external mode
         host: providers and options of each session
         limit: sessions kept
+        kernels: whether each is to have the compiled kernels
 
     Raises:
         ModelError: the graph lacks an initializer that its manifest names.
         OptionError: a limit below 1, or options that cannot be copied.
+        MissingDependency, OptionError: as :func:`~adapterx.runtime.kernels.register_kernels`.
     """
 
-    def __init__(self, source: ModelSource, host: Host, *, limit: int) -> None:
+    def __init__(self, source: ModelSource, host: Host, *, limit: int, kernels: KernelMode) -> None:
         if limit < 1:
             raise OptionError(f"max_sessions must be 1 or more; got {limit}")
         self._source = dataclasses.replace(source, model=b"")
@@ -69,7 +72,8 @@ class BakedModels:
         self._exported = exported_codes(source.manifest.kept, source.manifest.sites, tensors.tensor)
         self._host, self._limit = host, limit
         self._repacks = _counts_otherwise_when_repacked(source.graph)
-        self._options()
+        self._mode = kernels
+        self._kernels = register_kernels(self._options(), providers=host.names(), mode=kernels)
         self._slots: weakref.WeakKeyDictionary[Resident, _Slot] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._clock = itertools.count(1)
@@ -81,6 +85,11 @@ class BakedModels:
     def values(self, _: Mapping[str, Array]) -> Mapping[str, ort.OrtValue]:
         """Nothing is fed."""
         return {}
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """The library that every session has, if any."""
+        return self._kernels
 
     def session(self, resident: Resident, /) -> ort.InferenceSession:
         """The resident's session; built when it is not there, by one thread while others wait for it."""
@@ -120,6 +129,7 @@ class BakedModels:
             tensor = patch.graph.initializer.add()
             tensor.CopyFrom(_inline(port, codes[name]) if name in codes else _of_shape(port, arrays[name].shape))
         options = self._options()
+        register_kernels(options, providers=self._host.names(), mode=self._mode)
         # Applied before optimization, unlike add_initializer, so that nothing is folded over a placeholder.
         values = ort_values(arrays)
         options.add_external_initializers(list(values), list(values.values()))

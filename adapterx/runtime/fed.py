@@ -8,6 +8,7 @@ from adapterx.adapter import Adapter, Array
 from adapterx.errors import ModelError, OptionError
 from adapterx.manifest import Manifest
 from adapterx.runtime.inference import Host, device_of, ort, ort_values, quiet_options
+from adapterx.runtime.kernels import KernelMode, Kernels, register_kernels
 from adapterx.runtime.options import copied, entry
 from adapterx.runtime.ports import graph_inputs, mask_columns, port_arrays
 from adapterx.runtime.resident import Resident
@@ -22,14 +23,15 @@ class FedModel:
 
     Raises:
         ModelError: ONNX Runtime cannot load the model, or it lacks a port that its manifest names.
+        MissingDependency, OptionError: as :func:`~adapterx.runtime.kernels.register_kernels`.
     """
 
-    def __init__(self, source: ModelSource, host: Host) -> None:
+    def __init__(self, source: ModelSource, host: Host, *, kernels: KernelMode) -> None:
         self._manifest = source.manifest
-        self._session = host.open(source.model, where=source.where, options=_options(source, host))
+        options = _options(source, host) or quiet_options()
+        self._kernels = register_kernels(options, providers=host.names(), mode=kernels)
+        self._session = host.open(source.model, where=source.where, options=options)
         self._device = device_of(self._session)
-        # Whether the graph reads nothing that a mask leaves out.
-        self.exact = False
         inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         lost = sorted(graph_inputs(source.manifest) - {node.name for node in inputs})
         if lost:
@@ -37,6 +39,11 @@ class FedModel:
                 f"{source.where} has no input {lost[0]!r}, which its manifest names ({len(lost)} such); "
                 "extract the model again, and optimize it before the extraction if at all"
             )
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """The library that runs every LowRankAdd; it reads nothing that a mask leaves out."""
+        return self._kernels
 
     @property
     def device(self) -> tuple[str, int]:

@@ -143,16 +143,22 @@ def _opened(path: Path, where: str) -> Kernels:
     except OSError as error:
         raise OptionError(f"{where} cannot be loaded: {error}; {_INSTALL}") from None
     try:
-        version, isa, providers, api = (_text(library, name) for name in ("version", "isa", "providers", "ort_api"))
+        library.adapterx_kernels_ort_api.restype = ctypes.c_int
+        api = library.adapterx_kernels_ort_api()
+        version, isa, providers = (_text(library, name) for name in ("version", "isa", "providers"))
     except AttributeError as error:
         raise OptionError(f"{where} is no kernel library of adapterx: {error}") from None
-    return Kernels(path, version, isa, tuple(providers.split(",")), int(api))
+    if not isa:
+        raise OptionError(
+            f"ADAPTERX_KERNELS_ISA={os.environ.get('ADAPTERX_KERNELS_ISA')}: this machine does not run it"
+        )
+    return Kernels(path, version, isa, tuple(providers.split(",")), api)
 
 
 def _text(library: ctypes.CDLL, name: str) -> str:
-    function = getattr(library, f"adapterx_kernels_{name}")
+    function = library[f"adapterx_kernels_{name}"]
     function.restype = ctypes.c_char_p
-    return str(function().decode())
+    return (function() or b"").decode()
 
 
 def _lacking(kernels: Kernels, options: ort.SessionOptions, providers: Sequence[str]) -> list[str]:

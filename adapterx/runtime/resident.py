@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from adapterx.adapter import Adapter, Array
 from adapterx.runtime.inference import ort
+from adapterx.runtime.kernels import Kernels
 
 
 class Identity(NamedTuple):
@@ -49,6 +50,10 @@ class Runnable(Protocol):
 
     def values(self, arrays: Mapping[str, Array]) -> Mapping[str, ort.OrtValue]:
         """Arrays by the names of ports, as they are fed."""
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """The library that its sessions have, if any."""
 
     def session(self, resident: Resident, /) -> ort.InferenceSession:
         """The ONNX Runtime session that runs it."""

@@ -20,6 +20,7 @@ from adapterx.runtime.bound import Bound
 from adapterx.runtime.fed import FedModel
 from adapterx.runtime.fit import fit
 from adapterx.runtime.inference import Host, Provider, ort
+from adapterx.runtime.kernels import KernelMode, Kernels
 from adapterx.runtime.mixed import check_mixable, mixed_feeds
 from adapterx.runtime.options import entry
 from adapterx.runtime.ports import port_names
@@ -47,8 +48,9 @@ class AdapterSession:
             or have no external data.
         adapters: names -> paths or adapters, as for :meth:`load_adapter`
         providers: as for ``onnxruntime.InferenceSession``; one that is missing or does not start is an error here
-        session_options: the host's own; used, never changed. In external mode every adapter needs options of its own,
-            and gets copies, which cannot carry what ONNX Runtime does not give back (custom operator libraries).
+        session_options: the host's own; used, never changed but for ``kernels``. In external mode every adapter needs
+            options of its own, and gets copies, which cannot carry what ONNX Runtime does not give back (custom
+            operator libraries).
         provider_options: as for ``onnxruntime.InferenceSession``
         max_sessions: in external mode, how many inner sessions are kept (the base counts); without meaning in others
         allow_other_base: take adapters that say that they were made for another base
@@ -61,6 +63,9 @@ class AdapterSession:
             need more wait for others to end
         adapter_dtype: element type of the ports that are put in in memory: ``"float16"``, ``"bfloat16"`` or ``"int8"``
             beside float32 activations move fewer bytes; ``None`` is that of the activations
+        kernels: ``"auto"`` uses the compiled kernels where they are installed (``adapterx env`` tells), ``"require"``
+            refuses to run without, ``"off"`` runs standard operators. The library is registered with
+            ``session_options``, which are otherwise never changed.
 
     Raises:
         ModelError: no model, one without ports and no adapters, or with an adapter inside, unsafe external data, or
@@ -68,7 +73,7 @@ class AdapterSession:
         OptionError: a name, provider or option that does not exist.
         MismatchError: an adapter that does not belong to this model.
         FormatError: an adapter file that is broken.
-        MissingDependency: ONNX Runtime is not installed.
+        MissingDependency: ONNX Runtime is not installed, or the kernels that ``"require"`` asks for.
 
     Example::
 
@@ -94,6 +99,7 @@ class AdapterSession:
         max_cpu_bytes: int | None = None,
         max_bank_bytes: int | None = None,
         adapter_dtype: AdapterDtype | None = None,
+        kernels: KernelMode = "auto",
     ) -> None:
         host = Host(providers, provider_options, session_options)
         given = {name: _read(name, adapter) for name, adapter in (adapters or {}).items()}
@@ -101,7 +107,7 @@ class AdapterSession:
         source = read_source(model, folder=folder, adapters=list(given.values()), adapter_dtype=adapter_dtype)
         self._manifest, self._allow_other_base = source.manifest, allow_other_base
         self._bases = BaseTensors(source.graph, source.folder, source.where) if source.manifest.bases else None
-        self._model = _runnable(source, host, max_sessions)
+        self._model = _runnable(source, host, max_sessions, kernels)
         self._base = self._model.resident(None, 0)
         opened = self._model.session(self._base)
         self._signature = Signature.of(opened, port_names(source.manifest))
@@ -246,6 +252,11 @@ class AdapterSession:
         """The execution providers in use, in order."""
         return list(self._providers)
 
+    @property
+    def kernels(self) -> Kernels | None:
+        """The compiled kernels in use, ``None`` where standard operators do their work."""
+        return self._model.kernels
+
     def get_inputs(self) -> list[TensorInfo]:
         """What :meth:`run` must be fed: the model's inputs without the adapter ports."""
         return list(self._signature.inputs.values())
@@ -277,14 +288,16 @@ def _read(name: str, adapter: AdapterLike) -> Adapter:
     return adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
 
 
-def _runnable(source: ModelSource, host: Host, max_sessions: int) -> Runnable:
+def _runnable(source: ModelSource, host: Host, max_sessions: int, kernels: KernelMode) -> Runnable:
     if source.manifest.port == "external":
-        return BakedModels(source, host, limit=max_sessions)
-    return FedModel(source, host)
+        return BakedModels(source, host, limit=max_sessions, kernels=kernels)
+    return FedModel(source, host, kernels=kernels)
 
 
 def _bank(model: Runnable, manifest: Manifest, max_loras: int, max_bytes: int | None) -> AdapterBank | None:
     """Where adapters can lie side by side; ``None`` where only one fits."""
     if not isinstance(model, FedModel) or not manifest.dynamic_rank:
         return None
-    return AdapterBank(manifest, max_loras=max_loras, max_bytes=max_bytes, device=model.device, exact=model.exact)
+    return AdapterBank(
+        manifest, max_loras=max_loras, max_bytes=max_bytes, device=model.device, exact=model.kernels is not None
+    )

@@ -172,3 +172,18 @@ def test_a_copy_that_fails_leaves_nothing_in_use(exact):
         held = copies(lease)
         place = lease.ranges[broken]
         np.testing.assert_array_equal(held["head.lora_A.weight"][place], broken.adapter.sites["head"].a)
+
+
+def test_what_was_outgrown_counts_until_its_lease_ends():
+    manifest = manifest_of()
+    bank = AdapterBank(manifest, max_loras=3, max_bytes=shelf_nbytes(manifest, 32), exact=True)
+    one, two, three, four, five = (whole(manifest, number, 8) for number in range(5))
+    with bank.lease([one]):
+        with bank.lease([two, three]) as grown, bank.lease([four]) as beside:
+            assert (grown.rank, beside.tensors) == (24, grown.tensors)
+            assert bank.nbytes == shelf_nbytes(manifest, 32)
+            thread, results = started(lambda: leased(bank, five))
+            thread.join(MOMENT)
+            assert thread.is_alive()
+        thread.join(PATIENCE)
+    assert list(results[0].ranges) == [five]
