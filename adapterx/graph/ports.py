@@ -212,7 +212,20 @@ def _make_room(model: ir.Model, names: set[str]) -> None:
     for graph in model.graphs():
         for value in [*graph.initializers.values(), *(output for node in graph for output in node.outputs)]:
             if value.name in names:
-                value.name = f"{value.name}.exported"
+                _rename(value, f"{value.name}.exported")
+
+
+def _rename(value: ir.Value, name: str) -> None:
+    """``onnx_ir`` gives the tensor of an initializer the value's new name, and the tensor may be the caller's."""
+    tensor, value.const_value = value.const_value, None
+    value.name = name
+    if isinstance(tensor, ir.ExternalTensor):
+        place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
+        value.const_value = ir.ExternalTensor(*place, shape=tensor.shape, name=name, base_dir=tensor.base_dir)
+    elif tensor is not None:
+        value.const_value = ir.LazyTensor(
+            lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+        )
 
 
 def onnx_dtype(site: AdapterSite) -> ir.DataType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, numpy_helper
 
@@ -41,6 +42,16 @@ def test_whatever_goes_by_the_name_of_a_port_gives_way(tmp_path, old, new):
     x = np.ones((3, D), np.float32)
     got = run(str(extract_adapters(proto, tmp_path, make_inputs=True).model_path), {"x": x})
     np.testing.assert_allclose(got, x @ WEIGHTS["W"], atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [lambda proto: proto, ir.from_proto], ids=["proto", "ir"])
+def test_the_callers_own_tensors_keep_their_names(tmp_path, given):
+    proto = renamed(model(BRANCH), "W", "adapter_mask")
+    mine = given(proto)
+    assert extract_adapters(mine, tmp_path, make_inputs=True).sites.names == ["fc"]
+    assert "adapter_mask" in [tensor.name for tensor in proto.graph.initializer]
+    if mine is not proto:
+        assert mine.graph.initializers["adapter_mask"].const_value.name == "adapter_mask"
 
 
 def test_the_interface_of_a_model_does_not_give_way(tmp_path):
