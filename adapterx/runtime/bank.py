@@ -197,12 +197,19 @@ class AdapterBank:
     def _fill(self, claim: _Claim) -> None:
         for resident in claim.missing:
             claim.shelf.fill(resident, claim.slots[resident])
-            if resident is claim.missing[-1]:
-                claim.shelf.publish()
-            with self._changed:
+            if self.exact:
+                self._finish(claim, [resident])
+        if claim.missing and not self.exact:
+            # Nobody reads a slot before its neighbours are whole, nor before the device has all of them.
+            claim.shelf.publish()
+            self._finish(claim, claim.missing)
+
+    def _finish(self, claim: _Claim, residents: Sequence[Resident]) -> None:
+        with self._changed:
+            for resident in residents:
                 claim.slots[resident].state = "ready"
-                self._loads += 1
-                self._changed.notify_all()
+            self._loads += len(residents)
+            self._changed.notify_all()
 
     def _settled(self, claim: _Claim) -> bool:
         """Wait until nobody fills what the claim may read; whether all of its slots are ready."""
@@ -282,7 +289,8 @@ class AdapterBank:
             return None
         shelf = Shelf(self._layout, rows=rows, count=count, device=self._device)
         self._shelves.append(shelf)
-        assert self._reserved(shelf, wanted, evict=True), "a shelf has room for what it was made for"
+        has_room = self._reserved(shelf, wanted, evict=True)
+        assert has_room, "a shelf has room for what it was made for"
         return shelf
 
     def _made_room(self, nbytes: int) -> bool:

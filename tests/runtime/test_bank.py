@@ -255,3 +255,22 @@ def test_onnx_runtime_reads_a_lease_where_it_lies(exact):
         for name, value in lease.tensors.items():
             assert isinstance(value, ort.OrtValue)
             assert value.data_ptr() == bank._shelves[0].arrays[name].ctypes.data
+
+
+def test_what_did_not_get_to_a_device_is_copied_again(monkeypatch):
+    broken = []
+
+    def copied(arrays, *, device=("cpu", 0)):
+        if broken:
+            raise MemoryError(broken.pop())
+        return ort_values({name: array.copy() for name, array in arrays.items()})
+
+    monkeypatch.setattr(shelf_module, "ort_values", copied)
+    manifest = manifest_of()
+    residents = [whole(manifest, number, 4) for number in range(2)]
+    bank = AdapterBank(manifest, device="far")
+    broken.append("no room there")
+    with pytest.raises(MemoryError, match="no room there"):
+        leased(bank, *residents)
+    with bank.lease(residents) as lease:
+        assert_holds(lease, residents, manifest)
