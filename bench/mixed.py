@@ -2,7 +2,7 @@
 
 Two decoder layers of Llama-3.2-1B shape, adapters of rank 16 at all seven Linears, float32 and int4 base
 (MatMulNBits, blocks of 32, accuracy_level 4). Peers: the base graph on plain ONNX Runtime; for the last table eight
-runs one adapter at a time, and PEFT's ``adapter_names`` in PyTorch. ``--plot FILE`` draws the first tables.
+runs one adapter at a time, and PEFT's ``adapter_names`` in PyTorch.
 
 ``moved`` is the limit K * r * (d_in + d_out) * bytes of the adapters that a step must read; ``GB/s`` is that limit over
 the time that the step takes longer than the base.
@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from measure import Result, Row, Way, interleaved, options, report
+from measure import Result, Row, Way, clock_option, interleaved, options, report
 from mixed_model import LLAMA_1B, QUICK, Models, random_adapter, site_shapes, write_models
 
 import adapterx as ax
@@ -28,6 +28,7 @@ RANK = 16
 DTYPES = ("float32", "float16", "int8")
 ITEM = {"float32": 4, "float16": 2, "int8": 1}
 BASE = "base, no sites"
+Clock = Callable[[], float]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,12 +104,12 @@ def check(subjects: Subjects, batch: Batch) -> None:
             assert error < 2e-2, f"{name}: row {row} is {error:.1e} off"
 
 
-def overheads(subjects: Subjects, title: str, *, rounds: int) -> Iterator[Result]:
+def overheads(subjects: Subjects, title: str, *, rounds: int, clock: Clock) -> Iterator[Result]:
     """One table a batch; ratios of medians, and of each round."""
     for batch in BATCHES:
         check(subjects, batch)
         ways = subjects.ways(batch)
-        times = interleaved(ways, rounds=max(3, rounds // (8 if batch.tokens > 1 else 1)), repeat=1)
+        times = interleaved(ways, rounds=max(3, rounds // (8 if batch.tokens > 1 else 1)), clock=clock)
         base = times[BASE]
         found = []
         for name, ms in times.items():
@@ -121,7 +122,7 @@ def overheads(subjects: Subjects, title: str, *, rounds: int) -> Iterator[Result
         yield Result(f"{title}: {batch}", BASE, found)
 
 
-def against(subjects: Subjects, title: str, *, rounds: int, peft: Way) -> Result:
+def against(subjects: Subjects, title: str, *, rounds: int, clock: Clock, peft: Way) -> Result:
     """A mixed batch of eight against eight runs, and against PEFT."""
     batch = Batch(8, 1, 8)
     feeds, entries = subjects.feeds(batch), batch.entries()
@@ -140,7 +141,7 @@ def against(subjects: Subjects, title: str, *, rounds: int, peft: Way) -> Result
         "eight runs, bind().run": bound,
         "PEFT adapter_names, PyTorch float32": peft,
     }
-    times = interleaved(ways, rounds=rounds)
+    times = interleaved(ways, rounds=rounds, clock=clock)
     found = [Row(name, statistics.median(ms), min(ms), max(ms)) for name, ms in times.items()]
     return Result(f"{title}: 8 rows, 8 adapters, decode", "one mixed batch of 8", found)
 
@@ -156,10 +157,10 @@ def _options(threads: int) -> ort.SessionOptions:
 
 def main() -> None:
     parser = options(__doc__)
+    clock_option(parser)
     parser.add_argument("--rounds", type=int, help="turns of each way (40, or 3 with --quick)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 32], choices=[4, 32])
-    parser.add_argument("--plot", type=Path, help="draw the ratios into this file (needs matplotlib)")
     chosen = parser.parse_args()
     sizes, rounds = (QUICK, 3) if chosen.quick else (LLAMA_1B, 40)
     rounds = chosen.rounds or rounds
@@ -172,14 +173,10 @@ def main() -> None:
 
                 subjects = Subjects(models, threads=threads, adapters=32, d=sizes.d)
                 title = f"{'int4' if bits == 4 else 'float32'} base, {threads} thread(s)"
-                results += overheads(subjects, title, rounds=rounds)
+                results += overheads(subjects, title, rounds=rounds, clock=chosen.clock)
                 batch = Batch(8, 1, 8)
                 way = peft_way(sizes, subjects.feeds(batch)["x"], batch.entries(), rank=RANK, threads=threads)
-                results.append(against(subjects, title, rounds=rounds, peft=way))
-    if chosen.plot:
-        from mixed_plot import draw
-
-        draw(results, chosen.plot)
+                results.append(against(subjects, title, rounds=rounds, clock=chosen.clock, peft=way))
     report(results, as_json=chosen.json)
 
 
