@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from adapterx.errors import OptionError
+from adapterx.errors import OptionError, UnsupportedAdapter
 from adapterx.manifest import Manifest
 from adapterx.runtime.inference import ort
 from adapterx.runtime.layout import Layout
@@ -106,6 +106,7 @@ class AdapterBank:
         self._outgrown: list[Shelf] = []
         self._changed = threading.Condition(threading.Lock())
         self._clock = itertools.count(1)
+        self._finite: weakref.WeakSet[Resident] = weakref.WeakSet()
         self._hits = self._loads = self._evictions = 0
 
     @contextlib.contextmanager
@@ -120,6 +121,7 @@ class AdapterBank:
 
         Raises:
             OptionError: more adapters than ``max_loras``, or than ever fit into ``max_bytes``.
+            UnsupportedAdapter: one that is not finite, in a bank that is not exact: its NaN would reach every row.
         """
         wanted = tuple(dict.fromkeys(residents))
         self._check(wanted)
@@ -155,6 +157,23 @@ class AdapterBank:
                 f"{len(wanted)} adapters with {rank} ranks need {need:,} bytes of the bank, and max_bank_bytes is "
                 f"{self._max_bytes:,}; raise it, or split the batch"
             )
+
+        for resident in () if self.exact else wanted:
+            self._check_finite(resident)
+
+    def _check_finite(self, resident: Resident) -> None:
+        """Looked at once a resident, since it costs as much as the copy."""
+        if resident in self._finite:
+            return
+        place = self._layout.unbounded(resident.arrays)
+        if place is not None:
+            source = resident.adapter.metadata.get("source", "") if resident.adapter else ""
+            raise UnsupportedAdapter(
+                f"an adapter{source and f' from {source}'} has NaN or infinity in {place!r}, which standard operators "
+                "would carry into every row of the batch; run it by itself with adapter=, or with the compiled kernels"
+            )
+        with self._changed:
+            self._finite.add(resident)
 
     def _size(self, wanted: Sequence[Resident], more: int = 0) -> tuple[int, int]:
         """Rows and count of the smallest shelf for ``wanted`` and ``more`` rows."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (numpy knows the name "bfloat16" only after this import)
 import numpy as np
 
-from adapterx.adapter import PROMPT, tensor_name
+from adapterx.adapter import PROMPT, Array, tensor_name
 from adapterx.manifest import Manifest
 from adapterx.site import VECTORS, AdapterSite, by_name
 
@@ -86,6 +87,14 @@ class Layout:
         """Bytes of a bank of ``rows`` rows a rank and ``count`` rows an adapter."""
         a_rank, an_adapter = self._row_nbytes
         return rows * a_rank + count * an_adapter
+
+    def unbounded(self, arrays: Mapping[str, Array]) -> str | None:
+        """The first input where an adapter has NaN or infinity, which times a mask of 0 is not 0."""
+        given = ((each, arrays.get(each.name)) for each in self.inputs)
+        return next(
+            (each.name for each, array in given if array is not None and not np.isfinite(array).all()),
+            None,
+        )
 
     @functools.cached_property
     def _row_nbytes(self) -> tuple[int, int]:

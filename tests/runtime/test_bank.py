@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterx.errors import OptionError
+from adapterx.errors import OptionError, UnsupportedAdapter
 from adapterx.runtime import shelf as shelf_module
 from adapterx.runtime.bank import AdapterBank
 from adapterx.runtime.inference import ort, ort_values
@@ -180,6 +180,24 @@ def test_what_replaces_an_adapter_is_never_taken_for_it(exact):
     new = Resident(new.adapter, old.generation, {}, new.arrays, new.rank)
     with bank.lease([new]) as lease:
         assert_holds(lease, [new], manifest)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_an_adapter_that_is_not_finite_never_lies_where_rows_of_others_would_read_it(dtype):
+    manifest = manifest_of(dtype=dtype)
+    good = whole(manifest, 1, 4)
+    name = "head.lora_scale.weight" if dtype == "int8" else "head.lora_B.weight"
+    spoilt = good.arrays[name].copy()
+    spoilt[1, 0] = np.nan
+    bad = Resident(good.adapter, 2, {}, {**good.arrays, name: spoilt}, good.rank)
+    bank = AdapterBank(manifest)
+    with pytest.raises(UnsupportedAdapter, match=rf"an adapter has NaN or infinity in '{name}', .* with adapter="):
+        leased(bank, good, bad)
+    assert bank.stats.loads == 0
+    leased(bank, good)
+    exact = AdapterBank(manifest, exact=True)
+    with exact.lease([good, bad]) as lease:
+        assert np.isnan(numbers(lease.tensors[name])[lease.ranges[bad]].astype(np.float32)).any()
 
 
 # Limits
