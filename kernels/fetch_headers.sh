@@ -13,13 +13,11 @@ PACKAGE=libonnxruntime-dev
 
 give_up() {
   echo "no headers of ONNX Runtime: $1" >&2
-  cat >&2 <<END
-Get them in one of these ways, and say where they are:
+  echo "Get them in one of these ways, and say where they are:
   Debian 13 or newer   apt install $PACKAGE
   conda                conda install -c conda-forge onnxruntime-cpp      (CONDA_PREFIX is looked into)
   anywhere             unpack onnxruntime-<system>-<version>.tgz of https://github.com/microsoft/onnxruntime/releases
-                       and set ONNXRUNTIME_ROOT to the folder that holds its include/
-END
+                       and set ONNXRUNTIME_ROOT to the folder that holds its include/" >&2
   exit 1
 }
 

@@ -12,6 +12,7 @@ import typer
 from adapterx.cli.environment import environment
 from adapterx.cli.report import new_table, print_json, print_table, printable, reported, say
 from adapterx.errors import ModelError
+from adapterx.runtime.kernels import find_kernels
 from tests.cli.conftest import Type
 
 COMMANDS = ("sites", "extract", "inject", "verify", "convert", "merge", "run", "env")
@@ -127,10 +128,23 @@ def test_env_tells_versions_and_providers(run: Type) -> None:
     assert told["onnxruntime"] == importlib.metadata.version("onnxruntime")
     assert told["providers"] == onnxruntime.get_available_providers()
     assert told["python"].split()[-1] == ".".join(map(str, sys.version_info[:3]))
-    assert told["kernels"].startswith("none")
+    assert told["kernels"]["path"] == str(find_kernels().path)
+    assert told["kernels"]["providers"][0] == "CPUExecutionProvider"
+    assert told["kernels"]["isa"] in {"portable", "avx2", "avx512"}
     shown = dict(line.split(maxsplit=1) for line in run("env").stdout.splitlines())
     assert set(shown) == {"what", *told}
+    assert told["kernels"]["path"] in shown["kernels"]
     assert shown["onnx"].strip() == importlib.metadata.version("onnx")
+
+
+def test_env_tells_where_there_are_no_kernels_and_what_is_wrong_with_them(
+    run: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "adapterx_kernels", None)
+    assert environment()["kernels"] is None
+    monkeypatch.setenv("ADAPTERX_KERNELS", "lost.so")
+    assert environment()["kernels"] == json.loads(run("env", "--json").stdout)["kernels"]
+    assert "ADAPTERX_KERNELS=lost.so: no such file" in str(environment()["kernels"])
 
 
 def test_env_works_where_onnx_runtime_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
