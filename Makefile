@@ -44,6 +44,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(PY) bench/swap.py
 	$(PY) bench/feed.py
+	$(PY) bench/bank.py
 	$(PY) bench/extract.py
 	$(PY) bench/inject.py
 	$(PY) bench/merge.py
