@@ -15,28 +15,41 @@ from tests.zoo import CASES, build
 
 RANKS = (2, 3, 1)
 PROMPTS = {"prompt", "prefix"}
-CLOSE = 1e-5
+# Relative to the largest output: rows compared, and adapters told apart.
+CLOSE, APART = 1e-5, 1e-2
 # Activations are put on a grid that all rows of a batch share, so that a row's company moves it.
 GRIDS = {"int8_dynamic", "int8_static"}
 
 
+def made_from(case):
+    while case.source:
+        case = CASES[case.source]
+    return case
+
+
 def takes_part(case):
-    return case.lora and case.runs_on_ort and not case.negative and not case.unsupported and case.quantized not in GRIDS
+    of_floats = case.quantized not in GRIDS and case.kind not in PROMPTS
+    return bool(made_from(case).lora) and case.runs_on_ort and of_floats and not (case.negative or case.unsupported)
 
 
-PARTS = [name for name, case in CASES.items() if takes_part(case) or (case.source and takes_part(CASES[case.source]))]
-PARTS = [name for name in PARTS if not CASES[name].unsupported and CASES[name].quantized not in GRIDS]
+PARTS = [name for name, case in CASES.items() if takes_part(case)]
+PROMPTED = [name for name, case in CASES.items() if case.kind in PROMPTS]
+
+
+def extracted(name, folder, **options):
+    built = build(name)
+    exported = built.adapters["a"] if CASES[name].kind == "bias" else exported_adapter(name, built)
+    path = extract_adapters(built.model, folder, adapter=exported, **options).model_path
+    model = ir.load(path)
+    return path, model, Manifest.loads(model.metadata_props[KEY], where=name)
 
 
 class Mixed:
     """An extracted model, three random adapters for it, and one batch."""
 
     def __init__(self, name, folder):
-        built = build(name)
-        exported = built.adapters["a"] if CASES[name].kind == "bias" else exported_adapter(name, built)
-        path = extract_adapters(built.model, folder, make_inputs=True, adapter=exported).model_path
-        self.model = ir.load(path)
-        self.manifest = Manifest.loads(self.model.metadata_props[KEY], where=name)
+        self.name = name
+        path, self.model, self.manifest = extracted(name, folder, make_inputs=True)
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         self.session = ort.InferenceSession(path, options)
@@ -45,18 +58,21 @@ class Mixed:
         self.adapters = [self._adapter(rng, rank) for rank in RANKS]
 
     def _adapter(self, rng, rank):
-        """Of ``rank`` at every site but the unmixed ones, where all three have the same."""
         arrays = {}
         for site in self.manifest.sites:
-            same = site.name in self.manifest.unmixed
             for port in site.ports:
                 name = tensor_name(site.name, port)
-                stated = self.inputs[name].shape[0]
-                rows = stated if isinstance(stated, int) else 1 if port in VECTORS else 2 if same else rank
-                source = np.random.default_rng(7) if same else rng
-                array = source.standard_normal((rows, *site.width(port))) * 0.3
+                array = rng.standard_normal((1 if port in VECTORS else rank, *site.width(port))) * 0.3
                 arrays[name] = array.astype(self.inputs[name].dtype.numpy())
         return arrays
+
+    def feeds(self, rows, length):
+        if not CASES[self.name].export.startswith("genai"):
+            made = example_feeds(self.model, manifest=self.manifest, rows=rows, length=length)
+            return {name: array for name, array in made.items() if name != self.manifest.row_mask}
+        # Its model says nothing of the width of a cache.
+        stored = {name: array[np.arange(rows) % len(array)] for name, array in build(self.name).feeds.items()}
+        return {name: array[:, :length] if array.ndim == 2 else array for name, array in stored.items()}
 
     def run(self, feeds):
         outputs = self.session.run(None, {name: self._value(name, array) for name, array in feeds.items()})
@@ -65,43 +81,48 @@ class Mixed:
     def _value(self, name, array):
         return array.astype(self.inputs[name].dtype.numpy()) if name in self.inputs else array
 
-    def alone(self, feeds, index):
-        return self.run({**feeds, **({} if index is None else self.adapters[index])})
-
     def mixed(self, feeds, picks):
-        """Adapters side by side where sites tell rows apart, and masks that pick."""
-        fixed = {tensor_name(s.name, port) for s in self.manifest.sites for port in s.ports if s.name in self.manifest.unmixed}
-        bank = {
-            name: one if name in fixed else np.concatenate([adapter[name] for adapter in self.adapters])
-            for name, one in self.adapters[0].items()
-        }
+        """Adapters side by side, and masks that pick."""
+        bank = {name: np.concatenate([one[name] for one in self.adapters]) for name in self.adapters[0]}
         rows = np.array([[float(pick == i) for i in range(len(RANKS))] for pick in picks], np.float32)
         masks = {self.manifest.mask: np.repeat(rows, RANKS, axis=1), self.manifest.row_mask: rows}
         return self.run({**feeds, **bank, **{name: mask for name, mask in masks.items() if name}})
 
 
-def close(case):
-    return CLOSE if case.dtype == "float32" and "float16" not in case.post and not case.lora.half else 2e-2
-
-
 @pytest.mark.parametrize("name", PARTS)
 def test_every_row_of_a_mixed_batch_is_that_row_with_its_adapter(name, tmp_path):
     mixed = Mixed(name, tmp_path)
-    print("STAT", name, mixed.manifest.batch, len(mixed.manifest.sites), dict(mixed.manifest.unmixed))
+    assert not mixed.manifest.unmixed
     for picks, length in (((2, 0, 1), 4), ((1, 2, 1), 3)):
-        feeds = example_feeds(mixed.model, manifest=mixed.manifest, rows=len(picks), length=length)
-        feeds.pop("adapter_row_mask", None)
+        feeds = mixed.feeds(len(picks), length)
         assert {len(feeds[one]) for one in mixed.manifest.batch} == {len(picks)}
-        wanted = [mixed.alone(feeds, pick) for pick in picks]
-        got = mixed.mixed(feeds, picks)
-        told = False
-        for index, output in enumerate(got):
-            assert output.shape == wanted[0][index].shape, mixed.session.get_outputs()[index].name
-            if len(output) != len(picks):
-                continue
-            largest = max(np.abs(one[index]).max() for one in wanted)
-            for row, want in enumerate(wanted):
-                error = np.abs(output[row] - want[index][row]).max(initial=0)
-                assert error <= 1e-5 * largest, f"{mixed.session.get_outputs()[index].name}, row {row}: {error:.1e} of {largest:.1e}"
-            told = told or any(np.abs(wanted[0][index] - one[index]).max() > 1e-2 * largest for one in wanted[1:])
-        assert told, "adapters that do the same prove nothing"
+        wanted = [mixed.run({**feeds, **mixed.adapters[pick]}) for pick in picks]
+        told = []
+        for index, (output, *alone) in enumerate(zip(mixed.mixed(feeds, picks), *wanted, strict=True)):
+            assert output.shape == alone[0].shape
+            if len(output) == len(picks):
+                largest = max(np.abs(one).max() for one in alone)
+                errors = [np.abs(output[row] - one[row]).max(initial=0) for row, one in enumerate(alone)]
+                assert max(errors) <= CLOSE * largest, (mixed.session.get_outputs()[index].name, errors, largest)
+                told.append(np.abs(alone[0] - alone[1]).max() > APART * largest)
+        assert any(told), "adapters that do the same prove nothing"
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_a_prompt_is_one_for_all_rows_and_the_model_says_so(name, tmp_path):
+    unmixed = extracted(name, tmp_path, make_inputs=True)[2].unmixed
+    assert unmixed == {"prompt_encoder": "its prompt is one constant, which all rows of a batch share"}
+
+
+def test_every_input_that_brings_rows_is_named_and_no_other(tmp_path):
+    manifest = extracted("optimum_t5_merged_next", tmp_path, make_inputs=True)[2]
+    past = [
+        f"past_key_values.{i}.{p}.{kv}" for i in range(2) for p in ("decoder", "encoder") for kv in ("key", "value")
+    ]
+    assert "use_cache_branch" in build("optimum_t5_merged_next").feeds
+    assert manifest.batch == ("encoder_attention_mask", "input_ids", "encoder_hidden_states", *past)
+
+
+def test_external_adapters_are_one_for_the_whole_batch_and_nothing_is_said_of_rows(tmp_path):
+    manifest = extracted("ts_mlp", tmp_path)[2]
+    assert (manifest.batch, manifest.unmixed) == ((), {})
