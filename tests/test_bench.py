@@ -10,7 +10,9 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
-@pytest.mark.parametrize("script", ["extract.py", "inject.py", "swap.py", "feed.py", "merge.py", "convert.py", "bank.py"])
+@pytest.mark.parametrize(
+    "script", ["extract.py", "inject.py", "swap.py", "feed.py", "merge.py", "convert.py", "bank.py"]
+)
 def test_a_bench_measures_every_way_and_its_peer(script: str) -> None:
     command = [sys.executable, str(BENCH / script), "--quick", "--json"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
