@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from adapterx.errors import FormatError, MismatchError, OptionError, nearest
 from adapterx.formats import load_adapter, save_adapter
 from adapterx.formats.detect import Written, written_format
 from adapterx.formats.faults import Faults
+from adapterx.formats.onnx_adapter import write_tensors
 from adapterx.formats.quantized import Quantization, check
 from adapterx.graph.bases import find_bases
 from adapterx.graph.extract import base_fingerprint
@@ -29,6 +31,7 @@ from adapterx.pipeline import component as component_of
 from adapterx.runtime.base_tensors import BaseTensors
 from adapterx.runtime.fit import fit
 from adapterx.runtime.plain import plain, taking_all
+from adapterx.runtime.ports import port_arrays, rounded
 from adapterx.site import LOW_RANK, VECTORS, AdapterSite, by_name
 from adapterx.truncation import distance, truncated_adapter
 
@@ -57,7 +60,8 @@ def convert_adapter(  # noqa: PLR0913 - each option is one thing that is asked f
     Fitting gives it the model's site names, element type and parts: fused layers are taken apart or put together,
     flattened names of kohya files are found, DoRA and whole weights are set against the base weight. A file of ours
     always holds ``<site>.lora_A.weight`` and ``<site>.lora_B.weight``, which are also the names of the model's inputs,
-    so an ``.onnx_adapter`` file serves ``onnxruntime.LoraAdapter`` as it is. Packed inputs have other names and are
+    so an ``.onnx_adapter`` file serves ``onnxruntime.LoraAdapter`` as it is; for a model that takes int8 it holds the
+    codes and their scales. Packed inputs have other names and are
     not in any file: :class:`adapterx.AdapterSession` packs what it reads. Where inputs have a fixed rank, or may not
     be left out, rows of zeros fill up what the adapter lacks; they change no result.
 
@@ -99,6 +103,8 @@ def convert_adapter(  # noqa: PLR0913 - each option is one thing that is asked f
         target = _Target(model)
         fitting = target.fitted(whole, name=name, allow_other_base=allow_other_base, rank=rank)
         whole = _filled(fitting, target.manifest, everything=fill_missing)
+        if kind == "onnx_adapter" and dtype is None and _takes_codes(target.manifest):
+            return _write_codes(whole, target.manifest, output)
     elif rank is not None:
         whole = truncated_adapter(_without_base(whole), rank)
     if dtype is not None:
@@ -190,6 +196,17 @@ def _cast(adapter: Adapter, dtype: np.dtype[np.generic], name: str) -> Adapter:
         "it cannot be cast", advice="Nothing was written. bfloat16 has the range of float32.", error=FormatError
     )
     return Adapter(sites, adapter.metadata)
+
+
+def _takes_codes(manifest: Manifest) -> bool:
+    return manifest.port == "input" and any(site.dtype == "int8" for site in manifest.sites)
+
+
+def _write_codes(adapter: Adapter, manifest: Manifest, path: str | os.PathLike[str]) -> Adapter:
+    """The inputs of the model themselves, which plain ONNX Runtime can be given; returns what they stand for."""
+    arrays = port_arrays(adapter, dataclasses.replace(manifest, optional=True, required=()))
+    write_tensors(arrays.items(), path, fingerprint=adapter.metadata.get("base_fingerprint", ""))
+    return rounded(adapter, manifest)
 
 
 def _read_back(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:

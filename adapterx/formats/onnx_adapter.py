@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from adapterx.atomic import Buffer, atomic_write
 from adapterx.errors import FormatError
 from adapterx.formats.dtypes import BY_DTYPE, BY_ONNX, NAMES
 from adapterx.formats.file_bytes import Bytes, FileBytes
+from adapterx.formats.quantized import decoded
 from adapterx.formats.tensor_table import TensorTable, tensors_to_write
 from adapterx.limits import Limits
 
@@ -30,6 +31,8 @@ WRITTEN_BY_ADAPTERX = 0x41583031
 _VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
 _LARGEST = 2**31 - 1
 _ALIGNMENT = 64
+# The number of int8 in ``onnx.TensorProto.DataType``: codes, beside which a file has their scales.
+_INT8 = 3
 _ADVICE = "The file is broken: download or export it again."
 
 
@@ -58,7 +61,7 @@ def read(file: FileBytes, limits: Limits) -> TensorTable:
     buffer.refuse_trailing()
     ours = adapter_version == WRITTEN_BY_ADAPTERX
     metadata = {"model_version": str(model_version)} if ours and model_version else {}
-    return TensorTable(where, arrays, metadata, "rank_first" if ours else "by_shape")
+    return TensorTable(where, decoded(arrays, where=where), metadata, "rank_first" if ours else "by_shape")
 
 
 def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -67,8 +70,23 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Raises:
         FormatError: an element type or a size (2 GB) that the format cannot hold, or a rank of 0.
     """
-    tensors = list(tensors_to_write(adapter.sites, str(path)))
-    version = model_version(adapter.metadata.get("base_fingerprint", ""))
+    write_tensors(
+        tensors_to_write(adapter.sites, str(path)), path, fingerprint=adapter.metadata.get("base_fingerprint", "")
+    )
+
+
+def write_tensors(named: Iterable[tuple[str, Array]], path: str | os.PathLike[str], *, fingerprint: str) -> None:
+    """Write tensors as they are: those of an adapter, or the inputs of a model, codes and their scales included.
+
+    Args:
+        named: floats and int8, each with elements
+        path: where
+        fingerprint: of the base model, ``""`` where it is unknown
+
+    Raises:
+        FormatError: they are larger than the format can hold.
+    """
+    tensors, version = list(named), model_version(fingerprint)
     tables, starts, size = _tables(tensors, version)
     if size > _LARGEST:
         raise FormatError(f"{path}: an .onnx_adapter file holds at most 2 GB, this takes {size:,}; write .safetensors")
@@ -107,7 +125,8 @@ def _tables(tensors: list[tuple[str, Array]], version: int) -> tuple[bytes, list
     tables = []
     for i, (_, array) in enumerate(tensors):
         at, (name, dims) = first + 20 * i, places[i]
-        code, data = BY_DTYPE[array.dtype].onnx, starts[i] - 4
+        code = _INT8 if array.dtype == np.int8 else BY_DTYPE[array.dtype].onnx
+        data = starts[i] - 4
         # An offset counts from the field that holds it, and has 32 bits; what is too large is refused by its size.
         fields = (at - shared, name - at - 4, dims - at - 8, code, (data - at - 16) & 0xFFFFFFFF)
         tables.append(struct.pack("<iIIiI", *fields))
@@ -171,7 +190,7 @@ def _parameter(buffer: _Buffer, parameter: _Table, limits: Limits) -> tuple[str,
         raise FormatError(f"{shown} has {ndim} dimensions, at most {limits.ndim} are read")
     dims = struct.unpack_from(f"<{ndim}q", buffer.bytes, start)
     code = buffer.int32(parameter, 2)
-    dtype = BY_ONNX.get(code)
+    dtype = np.dtype(np.int8) if code == _INT8 else BY_ONNX.get(code)
     if dtype is None:
         raise FormatError(f"{shown} has the ONNX element type {code}, expected {sorted(BY_ONNX)} ({NAMES})")
     data_start, nbytes = buffer.vector(buffer.follow(data_at), 1)

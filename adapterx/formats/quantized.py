@@ -19,10 +19,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from adapterx.adapter import LORA_A, LORA_B, Adapter, Array
+from adapterx.adapter import LORA_A, LORA_B, PARTS, Adapter, Array, tensor_name
 from adapterx.errors import FormatError, OptionError, nearest
 from adapterx.formats.faults import Faults
 from adapterx.formats.json_text import json_object
+from adapterx.site import LORA_SCALE
 
 Quantization = Literal["int8", "int4"]
 
@@ -118,6 +119,35 @@ def dequantized(arrays: Mapping[str, Array], metadata: Mapping[str, str], *, whe
             found[name] = _values(array, scale, quantization, shapes.get(name))
         except ValueError as cause:
             faults.add(name, str(cause))
+    faults.refuse("not a sound quantized adapter", advice=_ADVICE)
+    return found
+
+
+def decoded(arrays: Mapping[str, Array], *, where: str) -> dict[str, Array]:
+    """The tensors of a file that holds the inputs of a model, whose int8 codes become float32.
+
+    Args:
+        arrays: as the file holds them; codes have ``<site>.lora_scale.weight`` ``[r, 2]`` beside them
+        where: the file's name for messages
+
+    Raises:
+        FormatError: scales that do not fit, or that are not beside two matrices of codes: all at once.
+    """
+    found, faults = dict(arrays), Faults(where)
+    ending = tensor_name("", LORA_SCALE)
+    for name in (name for name in arrays if name.endswith(ending)):
+        scale, site = found.pop(name), name.removesuffix(ending)
+        names = [tensor_name(site, side) for side in (LORA_A, LORA_B)]
+        codes = [arrays[side] for side in names if side in arrays]
+        sound = len(codes) == len(names) and all(one.dtype == np.int8 and one.ndim > 1 for one in codes)
+        if not sound or scale.dtype != np.float32 or any(scale.shape != (len(one), len(names)) for one in codes):
+            met = f"{scale.dtype} {list(scale.shape)}"
+            faults.add(name, f"expected float32 [r, 2] beside two matrices of int8 codes [r, ...]; it is {met}")
+            continue
+        for column, (side, matrix) in enumerate(zip(names, codes, strict=True)):
+            found[side] = np.asarray(matrix * scale[:, column].reshape(-1, *[1] * (matrix.ndim - 1)))
+        parts = {tensor_name(site, part) for part in PARTS} & found.keys()
+        found |= {part: found[part].astype(np.float32) for part in parts}
     faults.refuse("not a sound quantized adapter", advice=_ADVICE)
     return found
 

@@ -34,6 +34,16 @@ def test_ports_can_be_external_of_a_fixed_rank_and_for_other_kinds(run: Type, ml
     assert told["sites"][0]["ports"] == ["lora_A", "lora_B", "gain", "input_gain", "shift"]
 
 
+def test_ports_are_of_the_element_type_that_was_asked_for(run: Type, mlp: Built, tmp_path: Path) -> None:
+    for command, source, options in (
+        ("inject", mlp.base_model, ("--target", "all-linear")),
+        ("extract", mlp.model, ("--make-inputs",)),
+    ):
+        told = run(command, source, tmp_path / command, *options, "--adapter-dtype", "int8", "--json")
+        sites = json.loads(told.stdout)["sites"]
+        assert {(site["dtype"], site["activations"]) for site in sites} == {("int8", "float32")}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -42,6 +52,10 @@ def test_ports_can_be_external_of_a_fixed_rank_and_for_other_kinds(run: Type, ml
         (("--target", "fc.*"), "a regular expression is given as --pattern"),
         (("--pattern", "fc["), "is no regular expression"),
         (("--target", "fc1", "--fixed-rank"), "--fixed-rank fixes the rank of every port"),
+        (
+            ("--target", "fc1", "--external", "--rank", "4", "--adapter-dtype", "int8"),
+            "--adapter-dtype int8 needs --make-inputs",
+        ),
     ],
 )  # fmt: skip
 def test_a_refusal_is_said_in_words_that_can_be_typed(

@@ -79,6 +79,23 @@ def test_what_was_read_is_written_as_floats_again(tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "f.safetensors") == read
 
 
+def test_what_codes_stand_for_gives_the_same_codes_again() -> None:
+    rows = np.random.default_rng(3).normal(size=(400, 50)) * np.logspace(-30, 30, 400)[:, None]
+    codes, scale = quantized.int8_codes(rows.astype(np.float32))
+    again, near = quantized.int8_codes(codes * scale[:, None])
+    np.testing.assert_array_equal(again, codes)
+    np.testing.assert_allclose(near, scale, rtol=2e-7)
+    assert set(np.abs(codes.astype(np.int32)).max(axis=1)) == {127}
+
+
+def test_numbers_too_small_for_a_scale_become_zeros_and_never_wrap_around() -> None:
+    rows = np.array([[2e-43, -2e-43], [1e-40, 5e-41], [0, 0]], np.float32)
+    codes, scale = quantized.int8_codes(rows)
+    assert not codes.any()
+    assert not scale.any()
+    assert quantized.int8_codes(np.zeros((0, 5), np.float32))[0].shape == (0, 5)
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".onnx_adapter", ""])
 def test_other_formats_hold_floats_only(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(ax.OptionError, match=r"stored in \.safetensors files of adapterx only"):

@@ -250,17 +250,34 @@ def test_a_merge_takes_such_ports_out_again(tmp_path):
     assert error(got, built.expected["b"]) <= 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_converted_file_feeds_plain_onnx_runtime(dtype, tmp_path):
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_converted_file_feeds_plain_onnx_runtime_and_a_session(dtype, tmp_path):
     built = build("dy_mlp")
     path = extracted("dy_mlp", tmp_path, adapter_dtype=dtype).model_path
     written = convert_adapter(built.adapters["b"], path, tmp_path / "b.onnx_adapter")
-    assert {change.dtype.name for change in written.sites.values()} == {dtype}
+    assert load_adapter(tmp_path / "b.onnx_adapter") == written
+    assert {change.dtype.name for change in written.sites.values()} == {"float32" if dtype == "int8" else dtype}
     lora, options = ort.LoraAdapter(), ort.RunOptions()
     lora.Load(str(tmp_path / "b.onnx_adapter"))
     options.add_active_adapter(lora)
-    got = ort.InferenceSession(str(path)).run(None, built.feeds, options)
-    assert error(got, built.expected["b"]) <= LOST[dtype]
+    alone = ort.InferenceSession(str(path)).run(None, built.feeds, options)
+    assert error(alone, built.expected["b"]) <= LOST[dtype]
+    session = AdapterSession(path, {"b": tmp_path / "b.onnx_adapter"})
+    assert error(session.run(None, built.feeds, adapter="b"), alone) <= 1e-5
+
+
+def test_a_converted_file_of_codes_has_those_that_a_session_makes_and_every_input_that_it_needs(tmp_path):
+    built = build("dy_mlp")
+    for rank in (True, False):
+        out = extracted("dy_mlp", tmp_path / str(rank), adapter_dtype="int8", dynamic_rank=rank, optional_inputs=False)
+        one = load_adapter(built.adapters["b"])
+        few = Adapter({"fc2": one.sites["fc2"]})
+        file = tmp_path / f"{rank}.onnx_adapter"
+        convert_adapter(few, out.model_path, file)
+        session = AdapterSession(out.model_path, {"few": few})
+        fed = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
+        alone = ort.InferenceSession(str(out.model_path)).run(None, {**built.feeds, **fed})
+        np.testing.assert_array_equal(alone[0], session.run(None, built.feeds, adapter="few")[0])
 
 
 def test_an_adapter_that_is_stored_in_int8_gives_its_codes_again(tmp_path):

@@ -198,3 +198,49 @@ def test_pairs_are_checked_as_in_every_format(tmp_path: Path) -> None:
     a, b = matrices()
     tensors = {name: (array.shape, 1, array.tobytes()) for name, array in pair(a[:1], b).items()}
     refused(tmp_path, built(tensors), "fc: the ranks differ")
+
+
+def with_codes(**change: Any) -> bytes:
+    """A file of one site in codes; ``change`` replaces a tensor, ``None`` leaves it out."""
+    codes, scale = np.full((2, 4), 3, np.int8), np.ones((2, 2), np.float32)
+    tensors = {"lora_A": (codes, 3), "lora_B": (codes[:, :3], 3), "lora_scale": (scale, 1), **change}
+    held = {name: one for name, one in tensors.items() if one is not None}
+    return built({f"fc.{name}.weight": (one.shape, code, one.tobytes()) for name, (one, code) in held.items()})
+
+
+def test_codes_with_sound_scales_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx_adapter").write_bytes(with_codes())
+    site = load_adapter(tmp_path / "a.onnx_adapter").sites["fc"]
+    np.testing.assert_array_equal(site.b, np.full((2, 3), 3, np.float32))
+
+
+SCALES = {
+    "none": (None, "fc.lora_A.weight: its element type is int8"),
+    "of one column": (np.ones((2, 1), np.float32), r"expected float32 \[r, 2\] .* it is float32 \[2, 1\]"),
+    "of other ranks": (np.ones((3, 2), np.float32), r"it is float32 \[3, 2\]"),
+    "flat": (np.ones(4, np.float32), r"it is float32 \[4\]"),
+    "of halves": (np.ones((2, 2), np.float16), r"it is float16 \[2, 2\]"),
+    "infinite": (np.full((2, 2), np.inf, np.float32), "fc.lora_A.weight: 8 of 8 values are NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_codes_with_other_scales_are_refused(tmp_path: Path, name: str) -> None:
+    scale, cause = SCALES[name]
+    code = 10 if scale is not None and scale.dtype == np.float16 else 1
+    refused(tmp_path, with_codes(lora_scale=None if scale is None else (scale, code)), cause)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_B": None},
+        {"lora_B": (np.ones((2, 3), np.float32), 1)},
+        {"lora_A": (np.full((3, 4), 3, np.int8), 3)},
+        {"lora_A": (np.full(2, 3, np.int8), 3)},
+        {"lora_A": (np.array(3, np.int8), 3)},
+    ],
+    ids=["no b", "b of floats", "a of another rank", "a flat", "a of no dimension"],
+)
+def test_scales_beside_other_than_two_matrices_of_codes_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    refused(tmp_path, with_codes(**change), r"fc.lora_scale.weight: expected float32 \[r, 2\] beside two matrices")

@@ -1,5 +1,6 @@
 """AdapterSession against numpy, in every kind of port."""
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -16,6 +17,8 @@ from adapterx.adapter import Adapter, LowRank
 from adapterx.errors import FeedError, FormatError, MismatchError, ModelError, OptionError, UnknownAdapter
 from adapterx.formats import save_adapter
 from adapterx.manifest import KEY, MASK, Manifest
+from adapterx.port_dtype import in_dtype
+from adapterx.runtime.options import entry
 from adapterx.runtime.session import AdapterSession
 from adapterx.site import AdapterSite, SiteTable
 from tests.runtime.chain import LAYERS, NAMES, Chain, adapter_of, low_rank_add, rows
@@ -355,6 +358,25 @@ def test_where_onnx_runtime_would_lose_float16_adapters_the_session_prevents_it_
     lower.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     for harmless in (chain, Chain()):
         AdapterSession(harmless.model(), session_options=lower if harmless is chain else options())
+
+
+@pytest.mark.parametrize(
+    ("ports", "activations", "guarded"),
+    [("float16", "float32", True), ("float32", "float16", False), ("bfloat16", "float32", False),
+     ("int8", "float16", False)],
+)  # fmt: skip
+def test_so_it_does_by_the_type_of_the_ports_whatever_the_activations_are(monkeypatch, ports, activations, guarded):
+    chain, seen, create = Chain(dtype=activations), [], ort.InferenceSession
+    model = chain.model()
+    sites = SiteTable(in_dtype(site, ports) for site in chain.sites())
+    (told,) = (told for told in model.metadata_props if told.key == KEY)
+    told.value = dataclasses.replace(chain.manifest(), sites=sites).dumps()
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda model, options, **k: seen.append(options) or create(model, options, **k)
+    )
+    monkeypatch.setattr(ort, "__version__", "1.29.0")
+    AdapterSession(model)
+    assert (entry(seen[-1], "optimization.disable_specified_optimizers") is not None) == guarded
 
 
 @pytest.mark.skipif(ort.__version__ < "1.30", reason="an onnxruntime that crashes here")
