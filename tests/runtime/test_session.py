@@ -362,9 +362,8 @@ def test_where_onnx_runtime_would_lose_float16_adapters_the_session_prevents_it_
 
 @pytest.mark.parametrize(
     ("ports", "activations", "guarded"),
-    [("float16", "float32", True), ("float32", "float16", False), ("bfloat16", "float32", False),
-     ("int8", "float16", False)],
-)  # fmt: skip
+    [("float16", "float32", True), ("float32", "float16", False), ("bfloat16", "float32", False)],
+)
 def test_so_it_does_by_the_type_of_the_ports_whatever_the_activations_are(monkeypatch, ports, activations, guarded):
     chain, seen, create = Chain(dtype=activations), [], ort.InferenceSession
     model = chain.model()
