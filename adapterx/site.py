@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, SupportsIndex, overload
 
 from rich.console import Console
@@ -25,6 +25,7 @@ VECTORS: Final = frozenset({GAIN, INPUT_GAIN, SHIFT})
 # Beside int8 codes, a row a rank: what those of `a`, and those of `b`, are multiplied with. No adapter brings it.
 LORA_SCALE: Final = "lora_scale"
 RANKED: Final = (*LOW_RANK, LORA_SCALE)
+_SHOWN: Final = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,11 +127,19 @@ class SiteTable(list[AdapterSite]):
     Args:
         sites: the rows
         left: what belongs to an adapter but is no site, in words; ``extract_adapters`` refuses such a model
+        unmixed: of an extracted model, by site name, why the rows of one batch cannot have different adapters there
     """
 
-    def __init__(self, sites: Iterable[AdapterSite] = (), *, left: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        sites: Iterable[AdapterSite] = (),
+        *,
+        left: Iterable[str] = (),
+        unmixed: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(sites)
         self.left = tuple(left)
+        self.unmixed = dict(unmixed or {})
 
     @property
     def names(self) -> list[str]:
@@ -162,7 +171,24 @@ class SiteTable(list[AdapterSite]):
         # Names come from files of strangers: nothing in them is markup.
         Console(file=text, width=width, markup=False, emoji=False, highlight=False).print(self.table())
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
-        return "\n".join([*lines, *(f"left out: {line}" for line in self.left)])
+        return "\n".join([*lines, *(f"left out: {line}" for line in self.left), *unmixed_lines(self.unmixed)])
+
+
+def unmixed_lines(unmixed: Mapping[str, str]) -> list[str]:
+    """Where all rows of a batch have one adapter, a line for each reason.
+
+    Example:
+        >>> unmixed_lines({"fc1": "its rows are gathered", "fc2": "its rows are gathered"})
+        ['one adapter for the whole batch at fc1, fc2: its rows are gathered']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for site, why in unmixed.items():
+        by_reason.setdefault(why, []).append(site)
+    lines = []
+    for why, sites in by_reason.items():
+        more = f" and {len(sites) - _SHOWN} more" if len(sites) > _SHOWN else ""
+        lines.append(f"one adapter for the whole batch at {', '.join(sites[:_SHOWN])}{more}: {why}")
+    return lines
 
 
 def by_name(sites: Iterable[AdapterSite]) -> dict[str, AdapterSite]:

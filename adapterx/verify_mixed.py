@@ -22,8 +22,10 @@ from adapterx.graph.example_feeds import example_feeds
 from adapterx.graph.load import load_model
 from adapterx.graph.view import attribute
 from adapterx.manifest import Manifest, manifest_of
+from adapterx.runtime.kernels import find_kernels
 from adapterx.runtime.rows import RowAdapter
 from adapterx.runtime.session import AdapterSession
+from adapterx.site import unmixed_lines
 from adapterx.verification import TOLERANCE, Row, Verification
 from adapterx.verify_merged import random_adapter
 from adapterx.verify_rows import Batch, RowProof, outputs_of, row_axes
@@ -63,7 +65,14 @@ class _Model:
             for node in self._nodes()
         )
         of_base = _OF_SHARED if self.shares else _OF_ROUNDED if rounded else 0.0
-        return max(of_base, *(TOLERANCE[site.x_dtype] for site in self.manifest.sites))
+        ports = {name for names in self.manifest.tensor_names().values() for name in names}
+        weights = (value for value in self.graph.graph.initializers.values() if value.name not in ports)
+        # Sites of float32 may lie in a base that computes in less.
+        dtypes = {
+            value.dtype.numpy().name for value in weights if value.dtype is not None and len(value.shape or ()) > 1
+        }
+        dtypes |= {site.x_dtype for site in self.manifest.sites}
+        return max(of_base, *(TOLERANCE[dtype] for dtype in dtypes & TOLERANCE.keys()))
 
     def _nodes(self) -> Iterator[ir.Node]:
         roots: list[ir.Graph | ir.Function] = [self.graph.graph, *self.graph.functions.values()]
@@ -85,6 +94,8 @@ def verify_mixed(
     only some sites; base rows and a weighted sum are among them, and the same adapter twice. Other batches are the same
     rows in another order, as many rows as tokens, and one adapter for a part of the rows. A last check shows that the
     adapters lie so far apart that a mix-up would be seen.
+
+    Where compiled kernels are installed, they run all of it too, and are compared with standard operators.
 
     Bases that quantize activations by the range of a whole batch (``DynamicQuantizeLinear``) give a row something else
     in other company, with or without adapters. There, no row is compared with itself alone, and the range that the
@@ -108,32 +119,31 @@ def verify_mixed(
     """
     found = _read(Path(model))
     batch = _batch(found, feeds, rows=rows, seed=seed)
-    session = AdapterSession(found.path)
-    adapters = _adapters(found, np.random.default_rng(seed + 1))
-    for name, adapter in adapters.items():
-        session.load_adapter(name, adapter)
-    sums, notes = _sums(session, adapters)
-    base = [] if found.manifest.required else [None]
-    axes, alone, told = _told_apart(session, batch, [*base, *adapters][0], shared=found.shares)
-    proof = RowProof(session, sums, axes, alone)
-    several, one = (_possible(entries, [*base, *adapters]) for entries in (_SEVERAL, _ONE))
-    errors = _errors(proof, batch, several, one)
     square = None if feeds is not None else _square(found, batch, seed=seed)
-    if square is not None:
-        errors["as many rows as axis 1 is long"] = _largest(proof, square, several)
+    adapters = _adapters(found, np.random.default_rng(seed + 1))
+    sums, notes = _sums(adapters)
+    reference, *others = _sessions(found.path, {**adapters, **{name: one for _, name, one in sums if one is not None}})
+    base = [] if found.manifest.required else [None]
+    axes, alone, told = _told_apart(reference, batch, [*base, *adapters][0], shared=found.shares)
+    known = [(weights, None if one is None else name) for weights, name, one in sums]
     bound = found.bound if tolerance is None else tolerance
-    checks = [Row(check, error, bound, error <= bound) for check, error in errors.items()]
+    checks = []
+    for session in (reference, *others):
+        proof = RowProof(session, reference, known, axes, alone)
+        by = f"{session.kernels.isa} kernels: " if session.kernels else ""
+        for check, error in _errors(proof, batch, square, [*base, *adapters]).items():
+            checks.append(Row(f"{by}{check}", error, bound, error <= bound))
     distance = proof.distance(batch, [*base, *adapters])
     checks.append(Row("the adapters differ", distance, 3 * bound, distance > 3 * bound))
-    return Verification(tuple(checks), (*told, *notes, *unmixed_notes(found.manifest)))
+    return Verification(tuple(checks), (*told, *notes, *unmixed_lines(found.manifest.unmixed)))
 
 
-def unmixed_notes(manifest: Manifest) -> list[str]:
-    """The sites at which all rows of a batch have one adapter, a line for each reason."""
-    by_reason: dict[str, list[str]] = {}
-    for site, why in manifest.unmixed.items():
-        by_reason.setdefault(why, []).append(site)
-    return [f"one adapter for the whole batch at {', '.join(sites)}: {why}" for why, sites in by_reason.items()]
+def _sessions(path: Path, adapters: Mapping[str, Adapter]) -> list[AdapterSession]:
+    """Over standard operators, and over compiled kernels where they are installed."""
+    sessions = [AdapterSession(path, adapters, kernels="off")]
+    if find_kernels() is not None:
+        sessions.append(AdapterSession(path, adapters))
+    return [session for i, session in enumerate(sessions) if not i or session.kernels]
 
 
 def _read(path: Path) -> _Model:
@@ -150,7 +160,7 @@ def _read(path: Path) -> _Model:
     elif lost := [site for site in manifest.required if site in manifest.unmixed]:
         why = f"every adapter has {lost[0]}, and {manifest.unmixed[lost[0]]}"
     elif len(manifest.unmixed) == len(manifest.sites):
-        why = f"none of its sites can tell them apart: {'; '.join(unmixed_notes(manifest))}"
+        why = f"none of its sites can tell them apart: {'; '.join(unmixed_lines(manifest.unmixed))}"
     elif manifest.required and not manifest.dynamic_rank:
         why = "its ports have fixed ranks, so that one adapter fills them, and without one it has no base"
     if why:
@@ -200,22 +210,18 @@ def _adapters(found: _Model, rng: np.random.Generator) -> dict[str, Adapter]:
     return adapters
 
 
-def _sums(
-    session: AdapterSession, adapters: Mapping[str, Adapter]
-) -> tuple[list[tuple[Mapping[str, float], str | None]], list[str]]:
-    """Weighted sums, each with the adapter that is it, loaded; and why there is none where there is none."""
-    sums: list[tuple[Mapping[str, float], str | None]] = []
-    notes = []
+def _sums(adapters: Mapping[str, Adapter]) -> tuple[list[tuple[Mapping[str, float], str, Adapter | None]], list[str]]:
+    """Weighted sums, each with the adapter that is it, or why there is none."""
+    sums, notes = list[tuple[Mapping[str, float], str, Adapter | None]](), []
     for name, weights in (("half", _HALF), ("sum", _SUM)):
         if not weights.keys() <= adapters.keys():
             continue
         try:
-            session.load_adapter(name, combine([(adapters[one], weight) for one, weight in weights.items()]))
-            sums.append((weights, name))
+            sums.append((weights, name, combine([(adapters[one], weight) for one, weight in weights.items()])))
         except MismatchError as error:
             why = str(error).splitlines()[-1].strip()
             notes.append(f"no adapter is the weighted sum {weights} ({why}); its rows were compared with such rows")
-            sums.append((weights, None))
+            sums.append((weights, name, None))
     return sums, notes
 
 
@@ -244,15 +250,17 @@ def _possible(entries: Sequence[RowAdapter], known: Sequence[str | None]) -> lis
     ]
 
 
-def _errors(
-    proof: RowProof, batch: Batch, several: Sequence[RowAdapter], one: Sequence[RowAdapter]
-) -> dict[str, float]:
+def _errors(proof: RowProof, batch: Batch, square: Batch | None, known: Sequence[str | None]) -> dict[str, float]:
+    """By check, the largest error; of the entries that can be had of ``known`` adapters."""
+    several, one = (_possible(entries, known) for entries in (_SEVERAL, _ONE))
     errors: dict[str, float] = {}
     for entries in _filled(several, batch.size):
         for check, error in proof.errors(batch, entries).items():
             errors[check] = max(errors.get(check, 0.0), error)
     errors["rows in another order"] = max(proof.order_error(batch, entries) for entries in _filled(several, batch.size))
     errors["one adapter for some rows"] = _largest(proof, batch, one)
+    if square is not None:
+        errors["as many rows as axis 1 is long"] = _largest(proof, square, several)
     return errors
 
 

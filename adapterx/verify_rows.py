@@ -37,13 +37,15 @@ class RowProof:
     """What it takes to compare rows.
 
     Args:
-        session: has the adapters
+        session: runs the mixed batches; has the adapters
+        reference: runs those with one adapter for all rows; may be the same
         sums: entries with weights, and the loaded adapter that does the same to a whole batch; ``None`` where none can
         axes: by output, the axis on which rows lie; ``None`` where the output is none of rows
         alone: whether a row alone must give what it gives among others
     """
 
     session: AdapterSession
+    reference: AdapterSession
     sums: Sequence[tuple[Mapping[str, float], str | None]]
     axes: tuple[int | None, ...]
     alone: bool
@@ -97,7 +99,7 @@ class RowProof:
             if name is None:
                 return self.mixed(batch, [entry] * batch.size)
         assert not isinstance(name, Mapping), "sums were looked up"
-        return outputs_of(self.session, batch, name)
+        return outputs_of(self.reference, batch, name)
 
     def _told(self, outputs: Sequence[Array]) -> list[Array]:
         return [output for output, axis in zip(outputs, self.axes, strict=True) if axis is not None]
@@ -123,7 +125,10 @@ def outputs_of(session: AdapterSession, batch: Batch, adapter: str | None) -> li
     except AdapterxError:
         raise
     except Exception as error:  # as above
-        raise ModelError(f"the model cannot be run with {batch.size} rows: {error}") from None
+        raise ModelError(
+            f"the model cannot be run with {batch.size} rows of these feeds (where they were made from its graph, give "
+            f"your own): {error}"
+        ) from None
 
 
 def row_axes(outputs: Sequence[Array], alone: Sequence[Array], n: int) -> tuple[int | None, ...]:

@@ -1,6 +1,8 @@
 """verify_mixed passes what is right, and sees rows that get what is another's."""
 
 import dataclasses
+import importlib
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,6 +11,8 @@ from onnx import helper, numpy_helper
 
 from adapterx.errors import FeedError, ModelError, OptionError
 from adapterx.manifest import KEY, MASK, Manifest
+from adapterx.runtime.kernels import Kernels
+from adapterx.runtime.session import AdapterSession
 from adapterx.verify_mixed import verify_mixed
 from adapterx.verify_rows import row_axes
 from tests.runtime.chain import NAMES, Chain, rows
@@ -21,6 +25,8 @@ SQUARE = "as many rows as axis 1 is long"
 SOME = "one adapter for some rows"
 ORDER = "rows in another order"
 EVERY = {ALONE, WHOLE, *SUMS, *BASE, ORDER, SOME, SQUARE, "the adapters differ"}
+KERNELS = Kernels(Path("lib.so"), "1", "avx2", ("CPUExecutionProvider",), 24)
+verify_mixed_module = importlib.import_module("adapterx.verify_mixed")
 FORMS = {
     "input": Chain(),
     "packed": Chain(port="packed"),
@@ -92,6 +98,26 @@ def test_a_right_model_passes_every_check_in_every_form_of_port(chain, tmp_path)
 )
 def test_a_model_that_gives_a_row_what_is_anothers_fails(change, failing, tmp_path):
     assert failed(verify_mixed(saved(tmp_path, change=change))) >= failing
+
+
+def test_a_second_engine_is_compared_with_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify_mixed_module, "find_kernels", lambda: "some")
+    opened, right = [], AdapterSession
+
+    def session(path, adapters, **options):
+        other = tmp_path / "other"
+        other.mkdir(exist_ok=True)
+        opened.append(options)
+        made = right(saved(other, change=round_weights) if len(opened) > 1 else path, adapters)
+        monkeypatch.setattr(type(made), "kernels", property(lambda one: None if one is first[0] else KERNELS))
+        first.append(made)
+        return made
+
+    first = []
+    monkeypatch.setattr(verify_mixed_module, "AdapterSession", session)
+    outcome = verify_mixed(saved(tmp_path))
+    assert opened == [{"kernels": "off"}, {}]
+    assert failed(outcome) == {f"avx2 kernels: {check}" for check in (*SUMS, SOME, SQUARE)}
 
 
 def test_adapters_that_change_nothing_prove_nothing_and_fail(tmp_path):

@@ -13,11 +13,12 @@ import typer
 
 from adapterx.cli.adapters import convert
 from adapterx.cli.environment import env
-from adapterx.cli.extraction import extract, sites, verify
+from adapterx.cli.extraction import extract, sites
 from adapterx.cli.injection import inject
 from adapterx.cli.merging import merge
 from adapterx.cli.report import reported
 from adapterx.cli.running import run
+from adapterx.cli.verifying import verify
 
 __all__ = ["app", "main"]
 

@@ -1,4 +1,4 @@
-"""``sites``, ``extract``, ``verify``: adapters found in a model, taken out of it, and the proof that it is right."""
+"""``sites``, ``extract``: adapters found in a model, and taken out of it."""
 # ruff: noqa: PLC0415 - imports stand inside functions, so that `--help` waits for nothing that only a command needs
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from adapterx.cli.adapters import facts, in_words
 from adapterx.cli.options import (
     DynamicRank,
     Exported,
-    Feeds,
     Json,
     MakeInputs,
     OfPorts,
     OptionalInputs,
     PackInputs,
-    Seed,
     Structural,
 )
-from adapterx.cli.report import finite, new_table, print_json, print_table, printable, say, size
+from adapterx.cli.report import new_table, print_json, print_table, printable, say, size
 
 if TYPE_CHECKING:
     from adapterx.graph.extract import Extraction
@@ -51,13 +49,17 @@ def sites(
 ) -> None:
     """List the places where adapters act: operation, shape, rank, scale, dtype, and what told the name."""
     from adapterx.graph.sites import find_sites
+    from adapterx.site import unmixed_lines
 
     if html is None:
         found = find_sites(model, adapter=adapter, structural=structural)
     else:
         found = _reported_sites(model, html, adapter=adapter, structural=structural)
     if as_json:
-        print_json([site.as_dict() for site in found])
+        reasons = found.unmixed
+        print_json(
+            [site.as_dict() | ({"unmixed": reasons[site.name]} if site.name in reasons else {}) for site in found]
+        )
         return
     print_table(found.table())
     adapters = sorted({name for site in found for name in site.adapter.split("+") if name})
@@ -65,6 +67,8 @@ def sites(
     say(f"{len(found)} sites{named}")
     for line in found.left:
         say(f"left out: {printable(line)}")
+    for line in unmixed_lines(found.unmixed):
+        say(printable(line))
     if html is not None:
         say(f"wrote {html}")
 
@@ -166,35 +170,3 @@ def files_of_model(model: Path) -> list[Path]:
 
     data = sorted({model.parent / tensor.location for tensor in external_tensors(read_proto(model))})
     return [path for path in (model, *data) if path.exists()]
-
-
-def verify(
-    original: Annotated[Path, typer.Argument(help="The exported model.")],
-    extracted: Annotated[Path, typer.Argument(help="What `adapterx extract` made of it: the model or its folder.")],
-    *,
-    adapter: Exported = None,
-    feeds: Feeds = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Prove an extraction: random adapters through it, against a computation on the original graph."""
-    from adapterx.cli.running import read_feeds
-    from adapterx.verify import verify_extraction
-
-    model = extracted / original.name if extracted.is_dir() else extracted
-    given = None if feeds is None else read_feeds(feeds)
-    outcome = verify_extraction(original, model, adapter=adapter, feeds=given, seed=seed)
-    if as_json:
-        rows = [
-            {"check": r.check, "max_error": finite(r.max_error), "tolerance": r.tolerance, "passed": r.passed}
-            for r in outcome.rows
-        ]
-        print_json({"passed": outcome.passed, "rows": rows, "notes": outcome.notes})
-    else:
-        print_table(outcome.table(), markup=True)
-        for note in outcome.notes:
-            say(note)
-    if not outcome.passed:
-        failed = [row.check for row in outcome.rows if not row.passed]
-        say(f"{len(failed)} of {len(outcome.rows)} checks failed: {', '.join(failed)}")
-        raise typer.Exit(1)

@@ -20,8 +20,11 @@ INTERRUPTED: Final = 130
 # Messages are written for Python; whoever typed a command is told what to type.
 _SPELLINGS: Final = {
     "adapter=...": "--adapter PATH",
+    "adapters=": "--rows",
+    "together with adapter=": "together, with one --adapter",
     "adapter_dtype='int8'": "--adapter-dtype int8",
     "adapter_dtype": "--adapter-dtype",
+    "None for the base": "- for the base",
     "allow_other_base=True": "--allow-other-base",
     "component=": "--component ",
     "a regular expression has to be compiled: re.compile(...)": "a regular expression is given as --pattern",

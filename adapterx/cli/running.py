@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,13 +15,21 @@ from adapterx.cli.report import finite, new_table, print_json, print_table, say
 
 if TYPE_CHECKING:
     from adapterx.adapter import Array
+    from adapterx.runtime.rows import RowAdapter
     from adapterx.runtime.session import AdapterSession
 
 
 def run(  # noqa: PLR0913 - the options of the command, all by name
     model: Annotated[Path, typer.Argument(help="An extracted model.")],
     *,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="Run with this adapter; else the base.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="[NAME=]PATH", help="Run with this adapter; several are for --rows."),
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option("--rows", help="For each row of the batch a name, - for the base, or a sum: fr,-,fr=0.7+de=0.3"),
+    ] = None,
     feeds: Feeds = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the outputs by name to this .npz.")] = None,
     provider: Annotated[
@@ -32,30 +39,34 @@ def run(  # noqa: PLR0913 - the options of the command, all by name
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Run an extracted model once, with an adapter or as the base, and describe what comes out."""
+    """Run an extracted model once, with an adapter, several, or as the base, and describe what comes out."""
+    from adapterx.cli.rows import named, parsed
     from adapterx.formats import load_adapter
     from adapterx.runtime.session import AdapterSession
 
-    name = None if adapter is None else _name_for(adapter)
+    paths = named(adapter or ())
+    entries = None if rows is None else parsed(rows)
+    chosen = _for_all_rows(paths) if entries is None else None
     begun = time.perf_counter()
     session = AdapterSession(model, providers=provider or None, allow_other_base=allow_other_base)
-    if adapter is not None and name is not None:
-        session.load_adapter(name, load_adapter(adapter))
+    for name, path in paths.items():
+        session.load_adapter(name, load_adapter(path))
     times = {"load_ms": _since(begun)}
-    fed = _made_feeds(model, session, seed) if feeds is None else read_feeds(feeds)
+    fed = _made_feeds(model, session, seed, entries) if feeds is None else read_feeds(feeds)
     begun = time.perf_counter()
-    results = session.run(None, fed, adapter=name)
+    results = session.run(None, fed, adapter=chosen, adapters=entries)
     times["run_ms"] = _since(begun)
     outputs = dict(zip((info.name for info in session.get_outputs()), results, strict=True))
     if output is not None:
         _write_arrays(output, outputs)
-    rows = [_described(name, value) for name, value in outputs.items()]
+    described = [_described(name, value) for name, value in outputs.items()]
     if as_json:
         inputs = [{"input": name, "shape": value.shape, "dtype": value.dtype.name} for name, value in fed.items()]
-        told = {"inputs": inputs, "feeds": feeds, "adapter": adapter, "providers": session.providers}
-        print_json({"outputs": rows, **told, **times})
+        told: dict[str, Any] = {"inputs": inputs, "feeds": feeds, "adapter": None if chosen is None else paths[chosen]}
+        told |= {"adapters": paths, "rows": entries, "providers": session.providers}
+        print_json({"outputs": described, **told, **times})
         return
-    _print_rows(rows)
+    _print_rows(described)
     if feeds is None:
         made = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in fed.items())
         say(f"no --feeds, so inputs were made from the graph (seed {seed}): {made}")
@@ -63,20 +74,28 @@ def run(  # noqa: PLR0913 - the options of the command, all by name
     say(f"loaded in {times['load_ms']:.1f} ms, first run in {times['run_ms']:.1f} ms on {providers}")
 
 
-def _name_for(path: Path) -> str:
-    """What the session, and so its messages, calls the adapter of a file: a part of the file's name that it allows."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().stem).lstrip("-._")[:64] or "adapter"
+def _for_all_rows(paths: Mapping[str, Path]) -> str | None:
+    from adapterx.errors import OptionError
+
+    if len(paths) > 1:
+        raise OptionError(
+            f"{len(paths)} adapters ({', '.join(paths)}) and no --rows, which says where each of them goes"
+        )
+    return next(iter(paths), None)
 
 
 def _since(begun: float) -> float:
     return round(1000 * (time.perf_counter() - begun), 3)
 
 
-def _made_feeds(model: Path, session: AdapterSession, seed: int) -> dict[str, Array]:
+def _made_feeds(
+    model: Path, session: AdapterSession, seed: int, entries: Sequence[RowAdapter] | None
+) -> dict[str, Array]:
     from adapterx.graph.example_feeds import example_feeds
     from adapterx.graph.load import load_model
 
-    return example_feeds(load_model(model), seed=seed, manifest=session.manifest)
+    rows = {} if entries is None else {"rows": len(entries)}
+    return example_feeds(load_model(model), seed=seed, manifest=session.manifest, **rows)
 
 
 def read_feeds(path: Path) -> dict[str, Array]:

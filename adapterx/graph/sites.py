@@ -98,7 +98,8 @@ def find_sites(model: ModelLike, *, adapter: AdapterLike | None = None, structur
 
     Returns:
         The sites in graph order; prints as a table. Its ``left`` names what belongs to an adapter but cannot be
-        taken as a low-rank linear site.
+        taken as a low-rank linear site; of an extracted model, ``unmixed`` says at which sites, and why, the rows of
+        one batch cannot have different adapters.
 
     Raises:
         NoAdaptersFound: there is nothing to take; the message says what was looked at.
@@ -108,7 +109,7 @@ def find_sites(model: ModelLike, *, adapter: AdapterLike | None = None, structur
     loaded = load_model(model)
     manifest = manifest_of(loaded.metadata_props, where=label(model))
     if manifest is not None:
-        return manifest.sites
+        return SiteTable(manifest.sites, unmixed=manifest.unmixed)
     return find(loaded, adapter=adapter, structural=structural, where=label(model)).sites
 
 

@@ -25,7 +25,7 @@ from adapterx.report.modules import modules, reasons
 from adapterx.report.norms import delta_norm, norm
 from adapterx.report.survey import Row, Survey
 from adapterx.runtime.fit import fit
-from adapterx.site import LORA_SCALE, AdapterSite
+from adapterx.site import LORA_SCALE, AdapterSite, SiteTable
 
 _PORTS = {
     "input": "graph inputs",
@@ -73,7 +73,7 @@ def survey(model: ModelLike, *, adapter: AdapterLike | None = None, structural: 
         places, sites, elsewhere = _exported(finding, bases), finding.sites, finding.absent
     else:
         places = _extracted(manifest, given, bases, named=named)
-        sites, elsewhere = manifest.sites, manifest.elsewhere
+        sites, elsewhere = SiteTable(manifest.sites, unmixed=manifest.unmixed), manifest.elsewhere
     rows = _rows(loaded, places)
     hosts = [place.host for place in places]
     return Survey(

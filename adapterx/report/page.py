@@ -17,6 +17,7 @@ from adapterx.report.figures import DASH, Ruler, figures
 from adapterx.report.strips import Strip, strips
 from adapterx.report.survey import Module, Row, Survey
 from adapterx.report.tables import sites_table, span, types_table
+from adapterx.site import unmixed_lines
 
 try:
     import jinja2
@@ -64,6 +65,7 @@ def page(survey: Survey) -> str:
         tables=[table for table in (types_table(layout, ruler), sites_table(rows, ruler)) if table],
         ruler=ruler,
         longest=_longest(ruler),
+        unmixed=unmixed_lines(survey.sites.unmixed),
         script=markupsafe.Markup(script),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=metadata.version("adapterx"),

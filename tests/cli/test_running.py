@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import adapterx as ax
-from adapterx.cli.running import _described, _name_for, _write_arrays, read_feeds
+from adapterx.cli.rows import named
+from adapterx.cli.running import _described, _write_arrays, read_feeds
 from tests.cli.conftest import Type
 from tests.zoo import Built
 
@@ -133,6 +134,6 @@ def test_what_has_no_mean_has_none() -> None:
     ("path", "name"), [("a/fr.safetensors", "fr"), ("mein Adapter!.npz", "mein-Adapter-"), ("...", "adapter")]
 )
 def test_an_adapter_goes_by_a_name_that_the_session_allows(path: str, name: str, extracted: Path) -> None:
-    assert _name_for(Path(path)) == name
+    assert named([path]) == {name: Path(path)}
     session = ax.AdapterSession(extracted)
     session.load_adapter(name, extracted.parent / "adapter.safetensors")
