@@ -55,6 +55,28 @@ def test_02_swap_writes_another_text_under_each_adapter(tmp_path):
     assert len(set(guessed)) == 3, guessed
 
 
+def test_03_mixed_batch_writes_another_text_in_every_row_of_one_batch(tmp_path):
+    text = output_of("03_mixed_batch.py", tmp_path)
+    titles = ["python", "licence", "header", "base", "half licence, half header"]
+    written = [text.split(f"{title}:\n", 1)[1].split("\n\n", 1)[0] for title in titles]
+    assert len(set(written)) == 5, written
+    assert min(map(len, written)) > 20
+    assert float(text.split(" differs by ")[1].split()[0]) < 1e-3
+    assert text.endswith("verify_mixed: passed\n")
+
+
+def test_03_mixed_batch_writes_side_by_side_in_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["03_mixed_batch.py", str(tmp_path)])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "130")
+    path = SAMPLES / "03_mixed_batch.py"
+    source = path.read_text()
+    assert "length = 120" in source
+    exec(compile(source.replace("length = 120", "length = 3"), path, "exec"), {"__file__": str(path)})  # noqa: S102
+    lines = capsys.readouterr().out.splitlines()
+    assert any("python" in line and "licence" in line and "header" in line for line in lines)
+
+
 def test_04_any_base_gives_each_adapter_its_own_guess_and_merges_what_is_fed(tmp_path):
     lines = output_of("04_any_base.py", tmp_path).splitlines()
     guessed = {line.split()[0]: line.split(" one of ")[1][:7] for line in lines if " expects " in line}
