@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(kExpandThreads) expand_rows(const Launch<T, P>
         for (int v = 0; v < kWide; ++v) sums[g][v] += share * weights[v];
       }
     }
-    __syncthreads();  // before the next chunk overwrites the list
   }
   if (lane == 0) shared.ballots[warp] = touched;
   __syncthreads();

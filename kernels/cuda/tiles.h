@@ -30,7 +30,8 @@ using SumTile = wmma::fragment<wmma::accumulator, 16, 16, 8, float>;
 template <class T>
 constexpr bool kIsOnePart = !std::is_same<T, float>::value;
 
-// whole = high + low. The high part is cut off, not rounded: rounding could carry a large number to infinity.
+// whole = high + low. The high part is cut off, not rounded: rounding could carry a large number to infinity. What is
+// infinite stays so beside half, bfloat16 and int8 ports; beside float ports, whose low parts it meets, it may be NaN.
 template <class Tile>
 __device__ inline void cut(Tile& whole, Tile& low) {
   for (int i = 0; i < whole.num_elements; ++i) {

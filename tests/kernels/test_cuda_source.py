@@ -101,7 +101,7 @@ def test_a_bank_of_many_columns_equals_the_reference_however_few_of_them_live(cu
     assert_close(cuda(*call).y, reference(*call))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 17, 33), (7, 63, 65), (17, 130, 7), (5, 0, 9)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 17, 33), (7, 63, 65), (17, 130, 7), (5, 20, 12), (5, 0, 9)])
 @pytest.mark.parametrize(
     ("t", "p"), [("float32", "float32"), ("float16", "int8"), ("bfloat16", "float32"), ("float64", "float16")]
 )
@@ -194,6 +194,20 @@ def test_weights_that_are_no_numbers_reach_no_row_but_their_own(cuda, lead, pois
     others = np.arange(lead[0]) % 3 != 1
     assert_close(y[others], clean[others])
     assert not np.isfinite(y[~others][..., 5]).any()
+
+
+@pytest.mark.parametrize("lead", [(3, 1), (3, 33)])
+@pytest.mark.parametrize(("t", "p"), [("float32", "float16"), ("float16", "int8"), ("bfloat16", "bfloat16")])
+def test_an_infinite_activation_is_infinite_beside_half_ports(cuda, t, p, lead):
+    base, x, a, b, mask, scale = some_call(t, p, lead, (1, 24, 72), (3, 1, 1), living=1)
+    a[0, 5], b[b == 0] = 1, 1
+    x[1, ..., 5] = np.inf
+    y = cuda(base, x, a, b, mask, scale).y
+    with np.errstate(all="ignore"):
+        expected = reference(base, x, a, b, mask, scale)
+    assert np.isinf(expected[1]).all()
+    assert np.array_equal(y[1].astype("f8"), expected[1])
+    assert_close(y[[0, 2]], expected[[0, 2]])
 
 
 @pytest.mark.parametrize("lead", [(5, 1), (5, 33)])
