@@ -53,7 +53,9 @@ def environment() -> dict[str, Value]:
 
 def _shown(value: Value) -> str:
     if isinstance(value, dict):
-        return ", ".join([value["version"], f"{value['isa']} on this machine", value["path"], *value["providers"]])
+        needs = f"for onnxruntime 1.{value['ort_api']} and newer"
+        isa = f"{value['isa']} on this machine"
+        return ", ".join([value["version"], isa, needs, *value["providers"], value["path"]])
     return ", ".join(value) if isinstance(value, list) else value or "not installed"
 
 
