@@ -31,7 +31,7 @@ _ERROR: Final = 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Host:
-    """What the embedding program wants of ONNX Runtime. Its ``SessionOptions`` are used, never changed but for kernels."""
+    """What the embedding program wants of ONNX Runtime. Of its ``SessionOptions`` nothing changes but kernels."""
 
     providers: Sequence[Provider] | None = None
     provider_options: Sequence[Mapping[str, Any]] | None = None
