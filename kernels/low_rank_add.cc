@@ -18,7 +18,7 @@
 namespace adapterx {
 namespace {
 
-constexpr int64_t kRowsPerUnit = 32, kPanel = 512, kNarrowest = 256;
+constexpr int64_t kRowsPerUnit = 64, kPanel = 512, kNarrowest = 256;
 
 int64_t threads() {
   static const int64_t count = std::max<int64_t>(1, std::thread::hardware_concurrency());
@@ -118,7 +118,7 @@ void expand(const Job<Real>& job, const Group& group, const Row* rows, const Rea
   }
   if constexpr (sizeof(Real) == sizeof(float)) {
     const int type = static_cast<int>(call.activations);
-    const int64_t panel = count < 4 ? 4 * kPanel : kPanel;
+    const int64_t panel = count < 4 ? std::min(unit.to - unit.from, 16 * kPanel) : kPanel;
     float* wide = arena.take<float>(count * panel);
     for (int64_t i = 0; i < count; ++i) base[i] = y[i] = wide + i * panel;
     for (int64_t from = unit.from; from < unit.to; from += panel) {

@@ -44,6 +44,10 @@ struct Floats {
     total = _mm_add_ps(total, _mm_movehl_ps(total, total));
     return _mm_cvtss_f32(_mm_add_ss(total, _mm_movehdup_ps(total)));
   }
+  template <int kCount>
+  static void sum_each(const V* values, float* totals) {
+    for (int i = 0; i < kCount; ++i) totals[i] = sum(values[i]);
+  }
   static unsigned nonzero(V value) {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(value, zero(), _CMP_NEQ_UQ)));
   }
@@ -71,6 +75,10 @@ struct Doubles {
   static double sum(V value) {
     const __m128d total = _mm_add_pd(_mm256_castpd256_pd128(value), _mm256_extractf128_pd(value, 1));
     return _mm_cvtsd_f64(_mm_add_sd(total, _mm_unpackhi_pd(total, total)));
+  }
+  template <int kCount>
+  static void sum_each(const V* values, double* totals) {
+    for (int i = 0; i < kCount; ++i) totals[i] = sum(values[i]);
   }
   static unsigned nonzero(V value) {
     return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(value, zero(), _CMP_NEQ_UQ)));

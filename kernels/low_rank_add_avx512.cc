@@ -45,6 +45,22 @@ struct Floats {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
   }
   static float sum(V value) { return _mm512_reduce_add_ps(value); }
+  template <int kCount>
+  static void sum_each(const V* values, float* totals) {
+    static_assert(kCount == 16, "the sums of 16 vectors are one");
+    V pairs[8], fours[4];  // every step adds halves, of which it puts those of two vectors into one
+    for (int i = 0; i < 8; ++i) {
+      const V even = values[2 * i], odd = values[2 * i + 1];
+      pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(even, odd), _mm512_unpackhi_ps(even, odd));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512d even = _mm512_castps_pd(pairs[2 * i]), odd = _mm512_castps_pd(pairs[2 * i + 1]);
+      fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    }
+    const V low = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+    const V high = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
+    store(totals, _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd)));
+  }
   static unsigned nonzero(V value) { return _mm512_cmp_ps_mask(value, zero(), _CMP_NEQ_UQ); }
   static unsigned unordered(V value) { return _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q); }
 };
@@ -68,6 +84,10 @@ struct Doubles {
   }
   static void store(double* to, V value) { _mm512_storeu_pd(to, value); }
   static double sum(V value) { return _mm512_reduce_add_pd(value); }
+  template <int kCount>
+  static void sum_each(const V* values, double* totals) {
+    for (int i = 0; i < kCount; ++i) totals[i] = sum(values[i]);
+  }
   static unsigned nonzero(V value) { return _mm512_cmp_pd_mask(value, zero(), _CMP_NEQ_UQ); }
   static unsigned unordered(V value) { return _mm512_cmp_pd_mask(value, value, _CMP_UNORD_Q); }
 };

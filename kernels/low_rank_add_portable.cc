@@ -35,6 +35,10 @@ struct Lanes {
     for (int i = 0; i < kWidth; ++i) total += value[i];
     return total;
   }
+  template <int kCount>
+  static void sum_each(const V* values, T* totals) {
+    for (int i = 0; i < kCount; ++i) totals[i] = sum(values[i]);
+  }
   static unsigned nonzero(V value) {
     unsigned bits = 0;
     for (int i = 0; i < kWidth; ++i) bits |= static_cast<unsigned>(value[i] != 0) << i;
