@@ -291,3 +291,17 @@ def test_an_adapter_that_is_stored_in_int8_gives_its_codes_again(tmp_path):
     assert len(codes) == 2 * len(session.sites)
     for name in codes:
         np.testing.assert_array_equal(exact[name], stored[name])
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("dy_mlp", "int8"), ("ts_llama_int4", "float16"), ("ts_dora", "bfloat16")])
+def test_rows_of_one_batch_take_narrow_adapters_of_their_own(name, dtype, tmp_path):
+    built = build(name)
+    path = extracted(name, tmp_path, adapter_dtype=dtype, pack_inputs=name == "dy_mlp").model_path
+    session = AdapterSession(path, {other: built.adapters[other] for other in ("b", "c")})
+    rows = ["b", None, "c", "b"]
+    feeds = {name: np.concatenate([array[:1]] * len(rows)) for name, array in built.feeds.items()}
+    got = session.run(None, feeds, adapters=rows)
+    for i, row in enumerate(rows):
+        alone = session.run(None, {name: array[i : i + 1] for name, array in feeds.items()}, adapter=row)
+        assert error([one[i : i + 1] for one in got], alone) <= 1e-5, row
+    assert error([got[0][:1]], [got[0][2:3]]) > 1e-2, "b is told from c"
