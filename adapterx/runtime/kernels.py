@@ -188,6 +188,6 @@ def _register(kernels: Kernels, options: ort.SessionOptions) -> None:
         except Exception as error:
             raise OptionError(
                 f"onnxruntime {ort.__version__} does not load the kernel library {kernels.path}, which is for 1."
-                f"{kernels.ort_api} and newer: {error}; {_INSTALL}"
+                f"{kernels.ort_api} and newer: {error}; install that, or build the kernels with headers of an older one"
             ) from error
         _registered.add(options)

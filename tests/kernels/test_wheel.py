@@ -98,7 +98,7 @@ def opened(library, model, path=None):
 
 def test_one_wheel_serves_every_python_on_a_platform(wheel) -> None:
     assert re.fullmatch(r"adapterx_kernels-[\d.]+-py3-none-(linux|macosx|win)_\w+\.whl", wheel.name)
-    assert wheel.stat().st_size < 1e6
+    assert wheel.stat().st_size < 5e6
 
 
 def test_the_wheel_holds_a_library_and_what_says_where_it_is(unpacked, library) -> None:
