@@ -88,3 +88,14 @@ def test_each_row_picks_of_the_vectors_what_numpy_picks(function, mask) -> None:
 def test_of_no_vectors_each_row_picks_zeros(function) -> None:
     feeds = {"vectors": np.zeros((0, 5), np.float32), "mask": np.ones((1, 1), np.float32)}
     np.testing.assert_array_equal(run_function(function(), feeds), np.zeros((1, 5), np.float32))
+
+
+def test_the_nodes_that_the_page_puts_before_those_of_codes_and_of_other_floats_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "ops.md").read_text()
+    codes = ir.to_proto(low_rank_add_function(18, activations=ir.DataType.FLOAT, codes=True))
+    floats = ir.to_proto(low_rank_add_function(18, activations=ir.DataType.FLOAT))
+    for function, names in ((codes, ("a_codes", "a_column", "a_scale", "a_values")), (floats, ("a_cast",))):
+        nodes = {node.output[0]: node for node in function.node}
+        for name in names:
+            (op_type, inputs) = re.findall(rf"\b{name} = (\w+)(?: <[^>]*>)? \((.*?)\)", page)[0]
+            assert (nodes[name].op_type, ", ".join(nodes[name].input)) == (op_type, inputs)
