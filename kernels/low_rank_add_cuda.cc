@@ -15,15 +15,16 @@ struct Kernel {
   int processors;
 };
 
-OrtStatusPtr ORT_API_CALL create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*, void** kernel) noexcept {
+OrtStatusPtr ORT_API_CALL create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*,
+                                 void** kernel) noexcept {
   *kernel = new (std::nothrow) Kernel{api, static_cast<const LowRankAddOp*>(op), cuda::processors()};
   return *kernel ? nullptr : api->CreateStatus(ORT_FAIL, "LowRankAdd: out of memory");
 }
 
 void ORT_API_CALL destroy(void* kernel) noexcept { delete static_cast<Kernel*>(kernel); }
 
-// Memory of the session's own arena, marked with its stream. It goes back when the kernels are started, not when they are
-// done: the arena gives it to what follows on this stream, and makes other streams wait.
+// Memory of the session's own arena, marked with its stream. It goes back when the kernels are started, not when they
+// are done: the arena gives it to what follows on this stream, and makes other streams wait.
 class Scratch {
  public:
   explicit Scratch(const OrtApi& api) : api_(api) {}
