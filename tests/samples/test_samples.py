@@ -72,7 +72,7 @@ def test_03_mixed_batch_writes_side_by_side_in_a_terminal(tmp_path, monkeypatch,
     path = SAMPLES / "03_mixed_batch.py"
     source = path.read_text()
     assert "length = 120" in source
-    exec(compile(source.replace("length = 120", "length = 3"), path, "exec"), {"__file__": str(path)})  # noqa: S102
+    exec(compile(source.replace("length = 120", "length = 3"), path, "exec"), {"__file__": str(path)})
     lines = capsys.readouterr().out.splitlines()
     assert any("python" in line and "licence" in line and "header" in line for line in lines)
 
