@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from adapterx.graph.facts import ROWS, Fact, Rows
-from adapterx.graph.sizes import Size, stated, unknown
+from adapterx.graph.facts import Fact, Rows
+from adapterx.graph.sizes import ROWS, Size, stated, unknown
 
 _PLAIN = re.compile(r"\w+")
 _MADE_UP = re.compile(r"_dynamic_axes_\d+$")

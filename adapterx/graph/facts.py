@@ -9,9 +9,6 @@ import onnx_ir as ir
 
 from adapterx.graph.sizes import ONE, Size
 
-# The number of rows of the batch, where the model leaves it open.
-ROWS = Size(1, ("rows of the batch",))
-
 Dims = tuple[Size | None, ...]
 
 
@@ -49,7 +46,9 @@ class Fact:
         rows: where the rows of the batch lie; ``None`` where there are none, or they are lost
         lost: why nothing tells where they are, ``""`` if something does or there are none
         numbers: the elements of a small vector of integers (a shape, say)
-        counts: the axis along which the elements are the numbers of the rows, 0 to n - 1
+        counts: the axis along which the elements count the rows: row i has ``i * stride``, and perhaps something less
+            than ``stride`` on top (the place of a token in rows that were flattened)
+        stride: of ``counts``
     """
 
     dims: Dims | None = None
@@ -57,6 +56,7 @@ class Fact:
     lost: str = ""
     numbers: Dims | None = None
     counts: int | None = None
+    stride: Size = ONE
 
     @property
     def rank(self) -> int | None:

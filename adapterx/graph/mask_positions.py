@@ -1,4 +1,4 @@
-"""Masks by position: where a value has several entries for each row of a batch (``[n * t, d]``)."""
+"""Masks by position: where a value has several entries for each row of a batch (``[n * t, d]``, ``[t * n, d]``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from adapterx.graph.facts import Rows
 from adapterx.graph.ports import prepend, registered, reshaped
-from adapterx.graph.sizes import Size
+from adapterx.graph.sizes import ONE, Size
 
 
 @dataclasses.dataclass(slots=True)
@@ -28,7 +28,9 @@ class _Wide:
 
 
 class MaskPositions:
-    """Masks ``[n, columns]`` as ``[m, columns]``: entry i takes row ``i // (m / n)``. Nodes compute it in the run.
+    """Masks ``[n, columns]`` as ``[m, columns]``, for which nodes compute in the run how often m has n.
+
+    Entry i takes row ``i // (m / n)`` where the rows lie outermost, and ``i % n`` where they lie innermost.
 
     A mask of one row serves every m. Where n does not divide m the run stops at a Reshape. The nodes read a shape, so
     they lie behind what has it, not in front of the graph; places of provably the same m share them.
@@ -39,7 +41,7 @@ class MaskPositions:
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._wide: dict[tuple[ir.Value, Size, ir.Graph], _Wide] = {}
+        self._wide: dict[tuple[ir.Value, Size, Size, ir.Graph], _Wide] = {}
         self._counts: dict[ir.Value, ir.Value] = {}
 
     def wide(self, mask: ir.Value, rows: Rows, at: ir.Value) -> ir.Value:
@@ -47,7 +49,7 @@ class MaskPositions:
         producer = at.producer()
         graph = self._model.graph if producer is None or producer.graph is None else producer.graph
         assert isinstance(graph, ir.Graph), "functions have no sites"
-        key = (mask, rows.after, graph)
+        key = (mask, rows.before, rows.after, graph)
         index = len(self._wide)
         name = f"{mask.name}.wide{index or ''}"
         if key in self._wide:
@@ -55,7 +57,7 @@ class MaskPositions:
             made.probes.append(self._probe(at, rows.axis, f"{made.value.name}.entries{len(made.probes)}"))
             return made.value
         probe = self._probe(at, rows.axis, f"{name}.entries")
-        nodes = self._repeated(mask, probe[1].outputs[0], name)
+        nodes = self._repeated(mask, probe[1].outputs[0], name, inside=rows.before != ONE)
         self._wide[key] = _Wide(nodes[-1].outputs[0], nodes, [probe])
         return self._wide[key].value
 
@@ -67,7 +69,7 @@ class MaskPositions:
     def place(self) -> None:
         """Put all nodes into the graph, each group behind the earliest value that it can count the entries of."""
         orders: dict[ir.Graph, dict[ir.Node, int]] = {}
-        for (_, _, graph), made in self._wide.items():
+        for (*_, graph), made in self._wide.items():
             order = orders.setdefault(graph, {node: i for i, node in enumerate(graph)})
             producers = [_source(probe).producer() for probe in made.probes]
             places = [-1 if producer is None else order[producer] for producer in producers]
@@ -86,11 +88,12 @@ class MaskPositions:
         shape = _node("Shape", [at], f"{name}.shape")
         return shape, _node("Gather", [shape.outputs[0], self._number(axis)], name)
 
-    def _repeated(self, mask: ir.Value, entries: ir.Value, name: str) -> list[ir.Node]:
+    def _repeated(self, mask: ir.Value, entries: ir.Value, name: str, *, inside: bool) -> list[ir.Node]:
         one = self._number(1)
         often = _node("Div", [entries, self._rows(mask)], f"{name}.often")
-        times = ir.node("Concat", [one, often.outputs[0], one], attributes={"axis": 0}, name=f"{name}.times")
-        apart = reshaped(self._model, "Unsqueeze", mask, [1], name=f"{name}.apart")
+        spread_to = [often.outputs[0], one, one] if inside else [one, often.outputs[0], one]
+        times = ir.node("Concat", spread_to, attributes={"axis": 0}, name=f"{name}.times")
+        apart = reshaped(self._model, "Unsqueeze", mask, [0 if inside else 1], name=f"{name}.apart")
         spread = _node("Expand", [apart.outputs[0], times.outputs[0]], f"{name}.spread")
         flat = ir.node("Flatten", [spread.outputs[0]], attributes={"axis": 2}, name=f"{name}.flat")
         # A 0 keeps the dimension. Where the rows do not come out even this is what stops the run.

@@ -34,7 +34,7 @@ def _reshaped(step: Step) -> Fact:
     x, target = step.first, _target(step)
     if x.is_shared:
         counts = 0 if x.counts == 0 and x.rank == 1 and target and target[0] == step.rows else None
-        return Fact(target, counts=counts)
+        return Fact(target, counts=counts, stride=x.stride)
     if x.rows is None:
         return Fact(target, lost=x.lost)
     if x.dims is None or target is None:
@@ -141,7 +141,7 @@ def _unsqueezed(step: Step) -> Fact:
     for axis, dim in zip(kept, x.dims, strict=True):
         dims[axis] = dim
     fact = met(step, [None if x.rows is None else x.rows.at(kept[x.rows.axis])], tuple(dims))
-    return dataclasses.replace(fact, counts=None if x.counts is None else kept[x.counts])
+    return dataclasses.replace(fact, counts=None if x.counts is None else kept[x.counts], stride=x.stride)
 
 
 def _transposed(step: Step) -> Fact:
@@ -163,7 +163,7 @@ def _expanded(step: Step) -> Fact:
         return Fact(dims, lost=step.cause) if x.rows is None else step.lost("expands to dimensions that are not known")
     shift = len(dims) - x.rank
     fact = met(step, [None if x.rows is None else x.rows.at(x.rows.axis + shift)], dims)
-    return dataclasses.replace(fact, counts=None if x.counts is None else x.counts + shift)
+    return dataclasses.replace(fact, counts=None if x.counts is None else x.counts + shift, stride=x.stride)
 
 
 def _tiled(step: Step) -> Fact:
@@ -193,11 +193,18 @@ def _gathered(step: Step) -> Fact:
     found = []
     if data.rows is not None:
         if data.rows.axis == axis:
-            return step.lost(_PICKS)
+            return _picked(step, data.rows, picks, dims)
         found.append(data.rows.at(data.rows.axis + (picks.rank - 1 if data.rows.axis > axis else 0)))
     if picks.rows is not None:
         found.append(picks.rows.at(picks.rows.axis + axis))
     return met(step, found, dims)
+
+
+def _picked(step: Step, rows: Rows, picks: Fact, dims: Dims) -> Fact:
+    """Entries along the axis of the batch: of their own row each, where the indices count the rows."""
+    if picks.counts is None or picks.stride != rows.after or rows.before != ONE:
+        return step.lost(_PICKS)
+    return Fact(dims, Rows(rows.axis + picks.counts))
 
 
 def _elements(step: Step) -> Fact:
@@ -227,8 +234,9 @@ def _gathered_nd(step: Step) -> Fact:
         rows = picks.rows
         fits = data.is_shared and rows is not None and rows.axis != last
         return Fact(rows=rows) if fits else Fact(lost=step.cause) if step.is_shared else step.lost(_PICKS)
-    counted = data.rows.axis == 0 and data.rows.is_exact and picks.counts is not None and picks.counts != last
-    return Fact(rows=Rows(picks.counts or 0)) if counted else step.lost(_PICKS)
+    if data.rows.axis or picks.counts == last or picks.stride != ONE or not data.rows.is_exact:
+        return step.lost(_PICKS)
+    return step.lost(_PICKS) if picks.counts is None else Fact(rows=Rows(picks.counts))
 
 
 def _scattered(step: Step) -> Fact:

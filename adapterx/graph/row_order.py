@@ -19,7 +19,7 @@ from adapterx.graph.view import MICROSOFT, STANDARD, is_op
 from adapterx.graph.weights import read
 from adapterx.ops import DOMAIN
 
-_SMALL = 64
+_SMALL, _MATRIX = 64, 2
 _SHARED = "what it reads is the same for all rows of a batch: nothing of the inputs that have rows comes in"
 
 
@@ -46,12 +46,12 @@ class RowOrder:
         self._visit(model.graph)
 
     def rows(self, value: ir.Value) -> Rows | str:
-        """Where the rows of the batch lie in ``value``; the reason in words where nothing tells, or they lie inside."""
+        """Where the rows of the batch lie in ``value``; the reason in words where nothing tells."""
         fact = self._of(value)
         if fact is None or fact.rows is None:
             return _SHARED if fact is None or not fact.lost else fact.lost
-        if fact.rows.before != ONE:
-            return f"the rows of the batch lie inside axis {fact.rows.axis} of what it reads, {fact.rows.before} times"
+        if ONE not in {fact.rows.before, fact.rows.after}:
+            return f"the rows of the batch lie in the midst of axis {fact.rows.axis} of what it reads"
         return fact.rows
 
     def _of(self, value: ir.Value | None) -> Fact | None:
@@ -114,7 +114,12 @@ class RowOrder:
                 dims = (*dims[: rows.axis], whole, *dims[rows.axis + 1 :])
         elif value in self._bases and not lost and dims and dims[0] == self._rows and not self._rows.is_number:
             rows = Rows()
-        few = dims is None or len(dims) < len(("rows", "columns"))
+        # Matrices of known width are as far as numbers are followed.
+        few = (
+            dims is None
+            or len(dims) < _MATRIX
+            or (len(dims) == _MATRIX and dims[-1] is not None and dims[-1].is_number)
+        )
         return dataclasses.replace(fact, dims=dims, rows=rows, lost=lost, numbers=numbers if few else None)
 
     def _choose(self, node: ir.Node, graphs: list[ir.Graph]) -> None:
@@ -170,6 +175,6 @@ def _constant(value: ir.Value) -> Fact:
         )
     sizes = [int(dim) for dim in tensor.shape.numpy()]
     numbers = None
-    if len(sizes) < len(("rows", "columns")) and tensor.size <= _SMALL and tensor.dtype.is_integer():
+    if len(sizes) < _MATRIX and tensor.size <= _SMALL and tensor.dtype.is_integer():
         numbers = tuple(Size(int(number)) for number in np.ravel(read(tensor)))
     return Fact(tuple(map(Size, sizes)), numbers=numbers)

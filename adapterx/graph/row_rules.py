@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from adapterx.graph.facts import Dims, Fact, Rows, Step
 from adapterx.graph.shape_numbers import is_from_start
-from adapterx.graph.sizes import ONE, Size
+from adapterx.graph.sizes import ONE, ZERO, Size
 
 Rule = Callable[[Step], Fact | list[Fact]]
 
@@ -67,8 +67,21 @@ def elementwise(step: Step) -> Fact:
             return step.lost("has an operand of unknown dimensions")
         rank = fact.rank if dims is None or fact.rank is None else len(dims)
         found.append(None if fact.rows is None else fact.rows.at(fact.rows.axis + (rank or 0) - (fact.rank or 0)))
-    same = step.node.op_type in {"Cast", "Identity"}
-    return dataclasses.replace(met(step, found, dims), counts=step.first.counts if same else None)
+    return _counting(step, operands, met(step, found, dims))
+
+
+def _counting(step: Step, operands: list[Fact], fact: Fact) -> Fact:
+    """``fact`` with what is left of an operand that counts the rows."""
+    at = next((i for i, operand in enumerate(operands) if operand.counts is not None), None)
+    if at is None or fact.dims is None or step.node.op_type not in {"Cast", "Identity", "Add", "Mul"}:
+        return fact
+    counting = operands[at]
+    axis = (counting.counts or 0) + len(fact.dims) - (counting.rank or 0)
+    stride: Size | None = counting.stride
+    if step.node.op_type == "Mul":
+        factor = operands[1 - at].numbers
+        stride = counting.stride * factor[0] if factor is not None and len(factor) == 1 and factor[0] else None
+    return fact if stride is None else dataclasses.replace(fact, counts=axis, stride=stride)
 
 
 def matrix_product(step: Step) -> Fact:
@@ -247,7 +260,8 @@ def concatenated(step: Step) -> Fact:
     fact = met(step, [fact.rows for fact in operands], dims)
     # Behind each of the numbers others may stand: indices (row, place) for GatherND.
     counts = operands[0].counts if operands else None
-    return dataclasses.replace(fact, counts=None if counts == axis else counts)
+    stride = operands[0].stride if operands else ONE
+    return dataclasses.replace(fact, counts=None if counts == axis else counts, stride=stride)
 
 
 def split(step: Step) -> list[Fact]:
@@ -277,22 +291,36 @@ def sliced(step: Step) -> Fact:
 
 def padded(step: Step) -> Fact:
     """More entries at the ends of some axes."""
-    x, pads = step.first, step.ints("pads", 1)
-    if x.rows is None or x.rank is None:
+    x = step.first
+    if x.rows is None or x.dims is None:
         return Fact(lost=step.cause) if x.rows is None else step.lost("has an operand of unknown dimensions")
-    if step.operand(3) is not None:
-        axes = step.ints("", 3)
-        if axes is None or pads is None:
-            return step.lost("may put other entries beside the rows of the batch")
-        full = [0] * (2 * x.rank)
-        for place, axis in enumerate(axes):
-            full[axis % x.rank], full[axis % x.rank + x.rank] = pads[place], pads[place + len(axes)]
-        pads = full
-    if pads is None or len(pads) != 2 * x.rank or pads[x.rows.axis] or pads[x.rows.axis + x.rank]:
+    ends = _pads(step, len(x.dims))
+    if ends is None or ends[x.rows.axis] != (ZERO, ZERO):
         return step.lost("puts other entries beside the rows of the batch, along their axis")
-    assert x.dims is not None, "its rank is known"
-    ends = zip(x.dims, pads[: x.rank], pads[x.rank :], strict=True)
-    return met(step, [x.rows], tuple(dim if not (low or high) else None for dim, low, high in ends))
+    dims = tuple(
+        dim
+        if pads == (ZERO, ZERO)
+        else None
+        if dim is None or None in pads
+        else dim + (pads[0] or ZERO) + (pads[1] or ZERO)
+        for dim, pads in zip(x.dims, ends, strict=True)
+    )
+    return met(step, [x.rows], dims)
+
+
+def _pads(step: Step, rank: int) -> list[tuple[Size | None, Size | None]] | None:
+    """What is put at both ends of every axis, as far as that is known."""
+    given = step.operand(1)
+    pads = None if given is None else given.numbers
+    if "pads" in step.node.attributes:
+        pads = tuple(Size(number) for number in step.node.attributes["pads"].as_ints())
+    axes = step.ints("", 3) if step.operand(3) is not None else list(range(rank))
+    if pads is None or axes is None or len(pads) != 2 * len(axes):
+        return None
+    ends: list[tuple[Size | None, Size | None]] = [(ZERO, ZERO)] * rank
+    for place, axis in enumerate(axes):
+        ends[axis % rank] = pads[place], pads[place + len(axes)]
+    return ends
 
 
 def _plain(fact: Fact, step: Step) -> Fact:

@@ -8,14 +8,19 @@ from adapterx.graph.facts import Dims, Step
 from adapterx.graph.sizes import ONE, Size, named, product
 
 _MOST = 64
+_MATRIX = 2
 _END = 2**31 - 1
 
 Numbers = Dims | None
 
 
 def numbers_of(step: Step) -> Numbers:
-    """The elements of a node's first output, if it is a small vector (or one number), as far as they are known."""
-    rule = _RULES.get(step.node.op_type)
+    """The elements of a node's first output, if it is small, as far as they are known.
+
+    A matrix (of the two ends of each axis, say) is followed through what keeps it one, row after row.
+    """
+    flat = all(one is None or one.numbers is None or (one.rank or 0) < _MATRIX for one in step.operands)
+    rule = (_RULES if flat else _MATRIX_RULES).get(step.node.op_type)
     return None if rule is None else rule(step)
 
 
@@ -77,13 +82,28 @@ def _gather(step: Step) -> Numbers:
 
 def _sliced(step: Step) -> Numbers:
     numbers = step.first.numbers
-    starts, ends, _, steps = _slice(step)
-    if numbers is None or starts is None or ends is None or steps is None or len(starts) != 1:
+    starts, ends, axes, steps = _slice(step)
+    if numbers is None or starts is None or ends is None or steps is None or axes != [0]:
         return None
     start, end = starts[0], ends[0]
     if start is None or end is None or not (start.is_number and end.is_number):
         return None
-    return numbers[start.number : end.number : steps[0]]
+    rows = _lines(numbers, step)[start.number : end.number : steps[0]]
+    return tuple(number for row in rows for number in row)
+
+
+def _lines(numbers: Dims, step: Step) -> list[Dims]:
+    """The rows of a matrix, or the elements of a vector, each a row of its own."""
+    last = step.first.dims[-1] if step.first.rank == _MATRIX and step.first.dims else None
+    width = 1 if last is None else last.number
+    return [numbers[i : i + width] for i in range(0, len(numbers), width)] if width else []
+
+
+def _turned(step: Step) -> Numbers:
+    numbers, perm = step.first.numbers, step.ints("perm", len(step.operands))
+    if numbers is None or perm not in (None, [1, 0]):
+        return None
+    return tuple(number for column in zip(*_lines(numbers, step), strict=True) for number in column)
 
 
 def _concat(step: Step) -> Numbers:
@@ -110,6 +130,10 @@ def _pairwise(compute: Callable[[Size, Size], Size | None]) -> Callable[[Step], 
 def _quotient(a: Size, b: Size) -> Size | None:
     exact = a.over(b)
     return exact if exact is not None or b.number == 0 else named(f"({a}//{b})")
+
+
+def _remainder(a: Size, b: Size) -> Size | None:
+    return Size(a.number % b.number) if a.is_number and b.is_number and b.number else None
 
 
 def _equal(a: Size, b: Size) -> Size | None:
@@ -167,10 +191,16 @@ _RULES: Mapping[str, Callable[[Step], Numbers]] = {
     "Add": _pairwise(lambda a, b: a + b),
     "Sub": _pairwise(lambda a, b: a - b),
     "Div": _pairwise(_quotient),
+    "Mod": _pairwise(_remainder),
     "Equal": _pairwise(_equal),
     "Where": _where,
     "ReduceProd": lambda step: _whole(step.first.numbers),
     "ConstantOfShape": _filled,
     "Expand": _expanded,
     "Range": _range,
+}
+_MATRIX_RULES: Mapping[str, Callable[[Step], Numbers]] = {
+    **dict.fromkeys(("Identity", "Cast", "CastLike", "Reshape", "Flatten"), _first),
+    "Slice": _sliced,
+    "Transpose": _turned,
 }

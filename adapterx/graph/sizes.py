@@ -34,7 +34,7 @@ class Size:
     @property
     def is_plain(self) -> bool:
         """Whether its names are the model's own, and nothing computed or unknown."""
-        return all(_NAME.fullmatch(name) or " " in name for name in self.names)
+        return all(_NAME.fullmatch(name) or name in ROWS.names for name in self.names)
 
     def __mul__(self, other: Size) -> Size:
         return Size(self.number * other.number, tuple(sorted((*self.names, *other.names))))
@@ -62,7 +62,9 @@ class Size:
         return "*".join([*([str(self.number)] if self.number != 1 or not self.names else []), *self.names])
 
 
-ONE = Size(1)
+ZERO, ONE = Size(0), Size(1)
+# The number of rows of the batch, where the model leaves it open. No dimension of a model is called so.
+ROWS = Size(1, ("rows of the batch",))
 
 
 def named(name: str) -> Size:
