@@ -46,10 +46,12 @@ struct Sums {
 struct Arithmetic {
   const char* isa;
   Sums<float> sums;
-  Sums<double> exact;
   void (*widen[kDtypes])(const void* from, int64_t count, float* to);  // float16 and bfloat16; others are null
   void (*narrow[kDtypes])(const float* from, int64_t count, void* to);
 };
+
+// Double is for checking, not for speed: one set serves all.
+const Sums<double>& double_sums();
 
 const Arithmetic* portable();
 const Arithmetic* avx2();  // these two: x86-64 only

@@ -1,7 +1,7 @@
 // How a call becomes units of work. There are two ways:
-//   whole   a unit is some rows of one group, from x to y. One pass over the threads. Needs enough groups or rows for all threads.
-//   split   first units of x @ a.T (a segment's rows, some of its columns), then units of + low @ b (a group's rows, some columns
-//           of y). Two passes, which keep all threads busy with one row; a segment that several groups use is read once.
+//   whole   a unit is some rows of one group, from x to y. One pass over the threads, and enough groups or rows for all of them.
+//   split   first units of x @ a.T (a segment's rows, some of its columns), then units of + low @ b (a group's rows, some
+//           columns of y). Two passes, which keep all threads busy with one row; a segment of several groups is read once.
 // Either way each value of y is one unit's own, and what a unit computes does not depend on which thread runs it.
 #include <algorithm>
 #include <atomic>
@@ -26,7 +26,7 @@ int64_t threads() {
 }
 
 const Sums<float>& sums_of(const Arithmetic& arithmetic, float) { return arithmetic.sums; }
-const Sums<double>& sums_of(const Arithmetic& arithmetic, double) { return arithmetic.exact; }
+const Sums<double>& sums_of(const Arithmetic&, double) { return double_sums(); }
 
 const char* at(const void* array, int64_t index, int64_t row, Dtype type) {
   return static_cast<const char*>(array) + index * row * static_cast<int64_t>(width(type));

@@ -56,39 +56,7 @@ struct Floats {
   }
 };
 
-struct Doubles {
-  using Real = double;
-  using V = __m256d;
-  static constexpr int kWidth = 4, kColumns = 2, kVectors = 2;
-
-  static V zero() { return _mm256_setzero_pd(); }
-  static V set(double value) { return _mm256_set1_pd(value); }
-  static V add(V a, V b) { return _mm256_add_pd(a, b); }
-  static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
-  static V load(const double* from) { return _mm256_loadu_pd(from); }
-  static V load(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
-  template <class P>
-  static V load(const P* from) {
-    return _mm256_setr_pd(wide(from[0]), wide(from[1]), wide(from[2]), wide(from[3]));
-  }
-  static void store(double* to, V value) { _mm256_storeu_pd(to, value); }
-  static double sum(V value) {
-    const __m128d total = _mm_add_pd(_mm256_castpd256_pd128(value), _mm256_extractf128_pd(value, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(total, _mm_unpackhi_pd(total, total)));
-  }
-  template <int kCount>
-  static void sum_each(const V* values, double* totals) {
-    for (int i = 0; i < kCount; ++i) totals[i] = sum(values[i]);
-  }
-  static unsigned nonzero(V value) {
-    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(value, zero(), _CMP_NEQ_UQ)));
-  }
-  static unsigned unordered(V value) {
-    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(value, value, _CMP_UNORD_Q)));
-  }
-};
-
-constexpr Arithmetic kArithmetic = arithmetic<Floats, Doubles>("avx2");
+constexpr Arithmetic kArithmetic = arithmetic<Floats>("avx2");
 
 }  // namespace
 

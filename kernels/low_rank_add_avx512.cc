@@ -51,48 +51,20 @@ struct Floats {
     V pairs[8], fours[4];  // every step adds halves, of which it puts those of two vectors into one
     for (int i = 0; i < 8; ++i) {
       const V even = values[2 * i], odd = values[2 * i + 1];
-      pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(even, odd), _mm512_unpackhi_ps(even, odd));
+      pairs[i] = _mm512_unpacklo_ps(even, odd) + _mm512_unpackhi_ps(even, odd);
     }
     for (int i = 0; i < 4; ++i) {
       const __m512d even = _mm512_castps_pd(pairs[2 * i]), odd = _mm512_castps_pd(pairs[2 * i + 1]);
-      fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+      fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd));
     }
-    const V low = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
-    const V high = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
-    store(totals, _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd)));
+    const auto halves = [](V a, V b) { return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd); };
+    store(totals, halves(halves(fours[0], fours[1]), halves(fours[2], fours[3])));
   }
   static unsigned nonzero(V value) { return _mm512_cmp_ps_mask(value, zero(), _CMP_NEQ_UQ); }
   static unsigned unordered(V value) { return _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q); }
 };
 
-struct Doubles {
-  using Real = double;
-  using V = __m512d;
-  static constexpr int kWidth = 8, kColumns = 4, kVectors = 4;
-
-  static V zero() { return _mm512_setzero_pd(); }
-  static V set(double value) { return _mm512_set1_pd(value); }
-  static V add(V a, V b) { return _mm512_add_pd(a, b); }
-  static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
-  static V load(const double* from) { return _mm512_loadu_pd(from); }
-  static V load(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
-  template <class P>
-  static V load(const P* from) {
-    float values[kWidth];
-    for (int i = 0; i < kWidth; ++i) values[i] = wide(from[i]);
-    return load(values);
-  }
-  static void store(double* to, V value) { _mm512_storeu_pd(to, value); }
-  static double sum(V value) { return _mm512_reduce_add_pd(value); }
-  template <int kCount>
-  static void sum_each(const V* values, double* totals) {
-    for (int i = 0; i < kCount; ++i) totals[i] = sum(values[i]);
-  }
-  static unsigned nonzero(V value) { return _mm512_cmp_pd_mask(value, zero(), _CMP_NEQ_UQ); }
-  static unsigned unordered(V value) { return _mm512_cmp_pd_mask(value, value, _CMP_UNORD_Q); }
-};
-
-constexpr Arithmetic kArithmetic = arithmetic<Floats, Doubles>("avx512");
+constexpr Arithmetic kArithmetic = arithmetic<Floats>("avx512");
 
 }  // namespace
 

@@ -2,8 +2,8 @@
 // first defines its lanes: a type with
 //   Real, V                  float or double, and a vector of kWidth of them
 //   kColumns, kVectors       how many rows of a, and vectors of b, are worked on at once: as many as there are registers for
-//   zero set load store fma sum nonzero unordered
-// Everything here has internal linkage: a function that another file shares could be the copy for a processor that is not there.
+//   zero set add fma load store sum sum_each nonzero unordered
+// Everything here has internal linkage: of a function that files share, the linker may keep the copy for another processor.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,6 @@ uint32_t as_bits(float value) {
 }
 
 [[maybe_unused]] float wide(float value) { return value; }
-[[maybe_unused]] double wide(double value) { return value; }
 [[maybe_unused]] float wide(int8_t value) { return static_cast<float>(value); }
 [[maybe_unused]] float wide(Brain value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
 
@@ -337,15 +336,12 @@ void narrow_all(const float* from, int64_t count, void* to) {
   for (; i < count; ++i) values[i] = narrow(from[i], P{});
 }
 
-template <class L, class D>
+template <class L>
 constexpr Arithmetic arithmetic(const char* isa) {
   return {isa,
           {{shrink<L, float>, shrink<L, Half>, shrink<L, Brain>, nullptr, shrink<L, int8_t>},
            {expand<L, float>, expand<L, Half>, expand<L, Brain>, nullptr, expand<L, int8_t>},
            scan<L>},
-          {{shrink<D, float>, shrink<D, Half>, shrink<D, Brain>, shrink<D, double>, shrink<D, int8_t>},
-           {expand<D, float>, expand<D, Half>, expand<D, Brain>, expand<D, double>, expand<D, int8_t>},
-           scan<D>},
           {nullptr, widen<L, Half>, widen<L, Brain>, nullptr, nullptr},
           {nullptr, narrow_all<L, Half>, narrow_all<L, Brain>, nullptr, nullptr}};
 }

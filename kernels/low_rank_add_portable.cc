@@ -51,10 +51,17 @@ struct Lanes {
   }
 };
 
-constexpr Arithmetic kArithmetic = arithmetic<Lanes<float>, Lanes<double>>("portable");
+using D = Lanes<double>;
+
+constexpr Arithmetic kArithmetic = arithmetic<Lanes<float>>("portable");
+constexpr Sums<double> kDoubleSums = {
+    {shrink<D, float>, shrink<D, Half>, shrink<D, Brain>, shrink<D, double>, shrink<D, int8_t>},
+    {expand<D, float>, expand<D, Half>, expand<D, Brain>, expand<D, double>, expand<D, int8_t>},
+    scan<D>};
 
 }  // namespace
 
 const Arithmetic* portable() { return &kArithmetic; }
+const Sums<double>& double_sums() { return kDoubleSums; }
 
 }  // namespace adapterx

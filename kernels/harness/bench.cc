@@ -126,7 +126,8 @@ Sum layer(const Case& c, Work& work, const Arithmetic& arithmetic, Pool pool) {
     const Fault fault = measure({{base_dims, 3}, {x_dims, 3}, {a_dims, 2}, {b_dims, 2}, {mask_dims, 3}, {scale_dims, 2}, codes},
                                 &call, &ones);
     if (fault) std::puts(fault.text), std::exit(1);
-    const size_t a = static_cast<size_t>(rank * site.d_in) * width(c.ports), b = static_cast<size_t>(rank * site.d_out) * width(c.ports);
+    const size_t a = static_cast<size_t>(rank * site.d_in) * width(c.ports);
+    const size_t b = static_cast<size_t>(rank * site.d_out) * width(c.ports);
     call.x = work.x.data();
     call.base = call.y = work.y.data();
     call.a = work.next(a);
