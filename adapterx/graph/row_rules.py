@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from adapterx.graph.facts import Dims, Fact, Rows, Step
 from adapterx.graph.shape_numbers import is_from_start
 from adapterx.graph.sizes import ONE, ZERO, Size
+from adapterx.graph.view import STANDARD
 
 Rule = Callable[[Step], Fact | list[Fact]]
 
@@ -154,8 +155,10 @@ def leading(step: Step) -> list[Fact]:
 
 
 def attention(step: Step) -> list[Fact]:
-    """The same, but keys and values of the past come as ``[2, n, heads, t, d]``."""
+    """The same, but ONNX Runtime's own gives keys and values of the past as ``[2, n, heads, t, d]``."""
     facts = leading(step)
+    if step.node.domain in STANDARD:
+        return facts
     return [facts[0], *(dataclasses.replace(f, rows=f.rows and f.rows.at(1)) for f in facts[1:2]), *facts[2:]]
 
 
@@ -364,7 +367,7 @@ _IMAGES = (
     "Conv ConvInteger ConvTranspose FusedConv QLinearConv NhwcConv MaxPool AveragePool LpPool GlobalAveragePool "
     "GlobalMaxPool GlobalLpPool Resize Upsample BatchNormalization InstanceNormalization GroupNormalization "
     "GroupNorm SkipGroupNorm LRN DepthToSpace SpaceToDepth QLinearGlobalAveragePool QLinearAveragePool "
-    "NhwcMaxPool Col2Im AffineGrid GridSample MelWeightMatrix DeformConv"
+    "NhwcMaxPool Col2Im AffineGrid GridSample DeformConv"
 )
 _LINEAR = "MatMulNBits MatMulBnb4 MatMulFpQ4 DynamicQuantizeMatMul MatMulIntegerToFloat QLinearMatMul QGemm"
 _REDUCED = "Max Mean Min Prod Sum SumSquare L1 L2 LogSum LogSumExp"
