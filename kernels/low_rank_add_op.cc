@@ -67,10 +67,6 @@ OrtStatus* infer(const OrtApi& api, OrtShapeInferContext* context) {
   // ONNX Runtime would take a size that is neither known nor named for a size of -1 (and it may be computed with).
   for (size_t i = 0; i < base.dims.size(); ++i)
     if (base.dims[i] < 0 && !(base.names[i] && *base.names[i])) return nullptr;
-  for (size_t i = 0; i < base.dims.size(); ++i) {
-    // What is neither a size nor a name would be taken for the size -1, and constants folded from it.
-    if (base.dims[i] < 0 && !*base.names[i]) return nullptr;
-  }
   while (base.dims.size() < mask.dims.size()) {
     base.dims.insert(base.dims.begin(), 1);
     base.names.insert(base.names.begin(), "");
