@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from adapterx.site import AdapterSite as AdapterSite
     from adapterx.verification import Verification as Verification
     from adapterx.verify import verify_extraction as verify_extraction
-    from adapterx.verify_mixed import verify_mixed as verify_mixed
+    from adapterx.verify_batch import verify_mixed as verify_mixed
 
     __version__: str
 
@@ -107,7 +107,7 @@ _HOMES = {
     "save_adapter": "adapterx.formats",
     "unmerge_adapter": "adapterx.graph.merge",
     "verify_extraction": "adapterx.verify",
-    "verify_mixed": "adapterx.verify_mixed",
+    "verify_mixed": "adapterx.verify_batch",
 }
 
 

@@ -67,7 +67,7 @@ DOOR_FILES = frozenset(
         "verification",
         "verify",
         "verify_merged",
-        "verify_mixed",
+        "verify_batch",
         "verify_rows",
     }
 )

@@ -11,9 +11,9 @@ from onnx import helper, numpy_helper
 
 from adapterx.errors import FeedError, ModelError, OptionError
 from adapterx.manifest import KEY, MASK, Manifest
-from adapterx.runtime.kernels import Kernels
+from adapterx.runtime.kernels import Kernels, find_kernels
 from adapterx.runtime.session import AdapterSession
-from adapterx.verify_mixed import verify_mixed
+from adapterx.verify_batch import verify_mixed
 from adapterx.verify_rows import row_axes
 from tests.runtime.chain import NAMES, Chain, rows
 
@@ -26,12 +26,18 @@ SOME = "one adapter for some rows"
 ORDER = "rows in another order"
 EVERY = {ALONE, WHOLE, *SUMS, *BASE, ORDER, SOME, SQUARE, "the adapters differ"}
 KERNELS = Kernels(Path("lib.so"), "1", "avx2", ("CPUExecutionProvider",), 24)
-verify_mixed_module = importlib.import_module("adapterx.verify_mixed")
+verify_mixed_module = importlib.import_module("adapterx.verify_batch")
 FORMS = {
     "input": Chain(),
     "packed": Chain(port="packed"),
     "required inputs": Chain(optional=False),
 }
+
+
+@pytest.fixture(autouse=True)
+def _standard_operators_alone(monkeypatch):
+    """What is installed here must not change what a test looks at; two tests ask for a second engine."""
+    monkeypatch.setattr(verify_mixed_module, "find_kernels", lambda: None)
 
 
 def saved(folder, chain=None, change=None, **manifest):
@@ -118,6 +124,16 @@ def test_a_second_engine_is_compared_with_the_first(tmp_path, monkeypatch):
     outcome = verify_mixed(saved(tmp_path))
     assert opened == [{"kernels": "off"}, {}]
     assert failed(outcome) == {f"avx2 kernels: {check}" for check in (*SUMS, SOME, SQUARE)}
+
+
+def test_the_compiled_kernels_pass_every_check_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify_mixed_module, "find_kernels", find_kernels)
+    kernels = find_kernels()
+    assert kernels is not None, "`make kernels` builds them"
+    outcome = verify_mixed(saved(tmp_path))
+    assert outcome.passed, failed(outcome)
+    by = f"{kernels.isa} kernels: "
+    assert {row.check.removeprefix(by) for row in outcome.rows if row.check.startswith(by)} >= {ALONE, WHOLE, *SUMS}
 
 
 def test_adapters_that_change_nothing_prove_nothing_and_fail(tmp_path):

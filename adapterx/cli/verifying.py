@@ -37,7 +37,7 @@ def verify(
     from adapterx.cli.running import read_feeds
     from adapterx.verification import Verification
     from adapterx.verify import verify_extraction
-    from adapterx.verify_mixed import verify_mixed
+    from adapterx.verify_batch import verify_mixed
 
     if extracted is None and not mixed:
         raise typer.BadParameter("expected ORIGINAL EXTRACTED, or one model and --mixed; got one model")

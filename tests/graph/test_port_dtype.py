@@ -79,7 +79,8 @@ def test_on_a_base_in_four_bits_they_are_what_its_float_ports_make_of_the_rounde
     built = build(name)
     out = extracted(name, tmp_path / "narrow", adapter_dtype=dtype)
     wide = extracted(name, tmp_path / "wide")
-    narrow, exact = AdapterSession(out.model_path), AdapterSession(wide.model_path)
+    # An int4 base rounds what it reads, so that a last bit of the kernels would be a step here.
+    narrow, exact = (AdapterSession(each.model_path, kernels="off") for each in (out, wide))
     for other in ("b", "c"):
         narrow.load_adapter(other, built.adapters[other])
         exact.load_adapter(other, rounded(narrow.adapters[other], narrow.manifest))
@@ -274,7 +275,7 @@ def test_a_converted_file_of_codes_has_those_that_a_session_makes_and_every_inpu
         few = Adapter({"fc2": one.sites["fc2"]})
         file = tmp_path / f"{rank}.onnx_adapter"
         convert_adapter(few, out.model_path, file)
-        session = AdapterSession(out.model_path, {"few": few})
+        session = AdapterSession(out.model_path, {"few": few}, kernels="off")
         fed = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
         alone = ort.InferenceSession(str(out.model_path)).run(None, {**built.feeds, **fed})
         np.testing.assert_array_equal(alone[0], session.run(None, built.feeds, adapter="few")[0])
