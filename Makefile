@@ -45,6 +45,9 @@ bench: $(VENV)/.dev
 	$(PY) bench/swap.py
 	$(PY) bench/feed.py
 	$(PY) bench/bank.py
+	$(PY) bench/mixed.py
+	$(PY) bench/registered.py
+	$(PY) bench/shared_input.py
 	$(PY) bench/extract.py
 	$(PY) bench/inject.py
 	$(PY) bench/merge.py
