@@ -70,11 +70,13 @@ def test_pages_go_with_the_last_who_reads_them():
         ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
         return sum(int(end, 16) - int(start, 16) == -(-size // 4096) * 4096 for start, end in ranges)
 
+    # Something else in the process may happen to have a mapping of this size.
+    others = mappings()
     found = mapped({"a": np.zeros(5_000_000, np.int8), "b": np.zeros(64, np.int8)})
-    assert mappings() == 1
+    assert mappings() == others + 1
     del found
     gc.collect()
-    assert mappings() == 0
+    assert mappings() == others
 
 
 @pytest.mark.parametrize("port", ["input", "packed"])
