@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adapterx.errors import MismatchError, ModelError
+from adapterx.quant.lowering import emitted
 from adapterx.quant.packing import pack, unpack
 from adapterx.quant.rounding import rounded
 from adapterx.quant.weight import Activation, DoubleScales, Per, QuantWeight
@@ -117,7 +118,7 @@ class QuantLinear(nn.Linear):
         )
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """``[N, K]`` in ``compute_dtype``: what the layer's own inputs are multiplied by. A new tensor at each call."""
         return self.quantized.dequantized().to(self.compute_dtype)
 
@@ -155,7 +156,7 @@ class QuantLinear(nn.Linear):
         # Scales in half would be other scales: buffers follow to a device, never to a dtype.
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             now = self._buffers[name]
             if now is not None and now.dtype != buffer.dtype:
