@@ -5,7 +5,8 @@ Two decoder layers of Llama-3.2-1B shape, adapters of rank 16 at all seven Linea
 runs one adapter at a time, and PEFT's ``adapter_names`` in PyTorch.
 
 ``moved`` is the limit K * r * (d_in + d_out) * bytes of the adapters that a step must read; ``GB/s`` is that limit over
-the time that the step takes longer than the base.
+the time that the step takes longer than the base. ``x limit`` is the roofline: what the step would cost if these bytes
+came as fast as this machine reads memory (measured at the start of each table), and the sums cost nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +107,23 @@ def check(subjects: Subjects, batch: Batch) -> None:
             assert error < 2e-2, f"{name}: row {row} is {error:.1e} off"
 
 
-def overheads(subjects: Subjects, title: str, *, rounds: int, clock: Clock) -> Iterator[Result]:
+def read_speed(threads: int) -> float:
+    """GB/s at which ``threads`` threads read memory that no cache holds: a dot product of each its own piece."""
+    pieces = [np.ones(1 << 25, np.float32) for _ in range(threads)]
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(8):
+            start = time.perf_counter()
+            list(pool.map(lambda piece: np.dot(piece[: 1 << 24], piece[1 << 24 :]), pieces))
+            best = min(best, time.perf_counter() - start)
+    return sum(piece.nbytes for piece in pieces) / best / 1e9
+
+
+def overheads(subjects: Subjects, title: str, *, rounds: int, clock: Clock, threads: int) -> Iterator[Result]:
     """One table a batch; ratios of medians, and of each round."""
     for batch in BATCHES:
         check(subjects, batch)
+        speed = read_speed(threads)
         ways = subjects.ways(batch)
         times = interleaved(ways, rounds=max(3, rounds // (8 if batch.tokens > 1 else 1)), clock=clock)
         base = times[BASE]
@@ -115,11 +131,14 @@ def overheads(subjects: Subjects, title: str, *, rounds: int, clock: Clock) -> I
         for name, ms in times.items():
             extra = statistics.median(a - b for a, b in zip(ms, base, strict=True))
             moved = subjects.moved(batch, name)
-            facts = {"moved MB": f"{moved / 1e6:.1f}" if moved else "", "GB/s": ""}
+            limit = 1 + moved / 1e6 / speed / statistics.median(base)
+            facts = {"moved MB": "", "GB/s": "", "x limit": ""}
+            if moved:
+                facts |= {"moved MB": f"{moved / 1e6:.1f}", "x limit": f"{limit:.2f}"}
             if moved and extra > 0:
                 facts["GB/s"] = f"{moved / extra / 1e6:.0f}"
             found.append(Row(name, statistics.median(ms), min(ms), max(ms), facts))
-        yield Result(f"{title}: {batch}", BASE, found)
+        yield Result(f"{title}: {batch}; memory {speed:.0f} GB/s", BASE, found)
 
 
 def against(subjects: Subjects, title: str, *, rounds: int, clock: Clock, peft: Way) -> Result:
@@ -173,7 +192,7 @@ def main() -> None:
 
                 subjects = Subjects(models, threads=threads, adapters=32, d=sizes.d)
                 title = f"{'int4' if bits == 4 else 'float32'} base, {threads} thread(s)"
-                results += overheads(subjects, title, rounds=rounds, clock=chosen.clock)
+                results += overheads(subjects, title, rounds=rounds, clock=chosen.clock, threads=threads)
                 batch = Batch(8, 1, 8)
                 way = peft_way(sizes, subjects.feeds(batch)["x"], batch.entries(), rank=RANK, threads=threads)
                 results.append(against(subjects, title, rounds=rounds, clock=chosen.clock, peft=way))
