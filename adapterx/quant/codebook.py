@@ -52,6 +52,12 @@ def _minifloat(exponent: int, mantissa: int, *, finite: str = "all") -> tuple[fl
     return (*values, *negative)
 
 
+def _fixed(bits: int) -> tuple[float, ...]:
+    """Two's complement with ``bits - 2`` bits behind the point."""
+    half = 2 ** (bits - 1)
+    return tuple(((code + half) % (2 * half) - half) / 2 ** (bits - 2) for code in range(2 * half))
+
+
 # Quantiles of a normal distribution with an exact zero (Dettmers et al., arXiv 2305.14314, appendix E).
 _NF4 = (
     -1.0,
@@ -89,8 +95,10 @@ FORMATS = MappingProxyType(
         "mxfp6_e3m2": Format(6, _minifloat(3, 2), power_of_two=True),
         "mxfp6_e2m3": Format(6, _minifloat(2, 3), power_of_two=True),
         "mxfp4": Format(4, _minifloat(2, 1), power_of_two=True),
-        # Two's complement with six bits behind the point.
-        "mxint8": Format(8, tuple(((code + 128) % 256 - 128) / 64 for code in range(256)), power_of_two=True),
+        "mxint8": Format(8, _fixed(8), power_of_two=True),
+        # Not OCP's, but of the same kind, as Neural Compressor and microxcaling have them.
+        "mxint4": Format(4, _fixed(4), power_of_two=True),
+        "mxint2": Format(2, _fixed(2), power_of_two=True),
     }
 )
 

@@ -11,7 +11,7 @@ from adapterx.errors import MismatchError, ModelError
 from adapterx.quant.lowering import emitted
 from adapterx.quant.packing import pack, unpack
 from adapterx.quant.rounding import rounded
-from adapterx.quant.weight import Activation, DoubleScales, Per, QuantWeight
+from adapterx.quant.weight import Activation, DoubleScales, Output, Per, QuantWeight
 
 Tensor = torch.Tensor
 
@@ -55,6 +55,7 @@ class QuantLinear(nn.Linear):
         self.activation_format = None if activation is None else activation.format
         self.activation_per: Per = "token" if activation is None else activation.per
         self.activation_group = 0 if activation is None else activation.group
+        self.output: Output | None = quantized.output
         self.double_bits, self.double_group = (0, 0) if double is None else (double.bits, double.group)
         zeros = quantized.zeros
         if zeros is not None and not zeros.is_floating_point():
@@ -115,6 +116,7 @@ class QuantLinear(nn.Linear):
             order=self.order,
             activation=activation,
             double=double,
+            output=self.output,
         )
 
     @property
@@ -128,6 +130,11 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K]`` -> ``[..., N]``, in the dtype of ``input``."""
+        y = self._product(input)
+        # The round trip exports as two Casts.
+        return y if self.output is None else y.to(getattr(torch, self.output)).to(y.dtype)
+
+    def _product(self, input: Tensor) -> Tensor:
         quantized = self.quantized
         if torch.compiler.is_exporting():
             y = emitted(quantized, input)
@@ -147,7 +154,8 @@ class QuantLinear(nn.Linear):
         act = (
             "" if self.activation_format is None else f", activation={self.activation_format} per {self.activation_per}"
         )
-        return f"in_features={self.in_features}, out_features={self.out_features}, {grid}, group={self.group}{act}"
+        out = "" if self.output is None else f", output={self.output}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {grid}, group={self.group}{act}{out}"
 
     def _bias(self, input: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias.to(input.dtype)

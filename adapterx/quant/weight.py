@@ -12,6 +12,7 @@ from adapterx.quant.codebook import table
 
 Tensor = torch.Tensor
 Per = Literal["tensor", "token", "static", "block"]
+Output = Literal["bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +81,7 @@ class QuantWeight:
         pre_scale: float32 ``[K]``, what the inputs are multiplied by first (AWQ, SmoothQuant); None is 1
         order: int64 ``[K]``: the input behind each column of codes (GPTQ's act_order); None is 0, 1, ...
         activation: how the inputs are rounded; None leaves them
+        output: "bfloat16" or "float16": what the layer's results are rounded to, in their own dtype; None leaves them
         double: the scales' own codes
 
     Raises:
@@ -97,6 +99,7 @@ class QuantWeight:
     order: Tensor | None = None
     activation: Activation | None = None
     double: DoubleScales | None = None
+    output: Output | None = None
 
     def __post_init__(self) -> None:
         rows, inputs = self.codes.shape
