@@ -34,6 +34,9 @@ def take_out_ports(model: ir.Model, manifest: Manifest) -> None:
     for node in list(all_nodes(model)):
         if zeros.intersection(value for value in node.inputs if value is not None):
             dead.append(node)
+            if is_op(node, "Shape"):  # of a packed port, to split it by
+                weights.update(node.outputs)
+                continue
             base = _what_stays(node, zeros)
             if base is None:
                 zeros.update(node.outputs)
