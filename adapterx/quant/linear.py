@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from adapterx.errors import MismatchError, ModelError
-from adapterx.quant.lowering import emitted
 from adapterx.quant.packing import pack, unpack
 from adapterx.quant.rounding import rounded
 from adapterx.quant.weight import Activation, DoubleScales, Output, Per, QuantWeight
@@ -136,9 +135,6 @@ class QuantLinear(nn.Linear):
 
     def _product(self, input: Tensor) -> Tensor:
         quantized = self.quantized
-        if torch.compiler.is_exporting():
-            y = emitted(quantized, input)
-            return y if self.bias is None else y + self.bias
         if quantized.activation is None:
             return nn.functional.linear(input, quantized.dequantized().to(input.dtype), self._bias(input))
         if quantized.pre_scale is not None:

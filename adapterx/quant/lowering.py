@@ -1,13 +1,120 @@
-"""Lowering: the ONNX operators that a quantized weight becomes while torch exports the model."""
+"""Lowering: what a quantized layer is while its model goes to ONNX, without a code or a scale being changed.
+
+Layers are exchanged for the time of an export and come back after it, so that nothing about the export is kept in the
+model or anywhere else. (A ``QuantLinear`` that torch's exporter meets itself is exported as it computes: unpacking
+at every run. That is right, and slow.)
+"""
 
 from __future__ import annotations
 
-import torch
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
 
-from adapterx.errors import ModelError
+import torch
+from torch import nn
+
+from adapterx.errors import OptionError
+from adapterx.quant.linear import QuantLinear, replace
+from adapterx.quant.lowered_input import rounded_input
+from adapterx.quant.lowered_integer import integer_product
+from adapterx.quant.lowered_product import Product, weight_product
 from adapterx.quant.weight import QuantWeight
 
+Tensor = torch.Tensor
+Format = Literal["matmulnbits", "qdq"]
 
-def emitted(quantized: QuantWeight, x: torch.Tensor) -> torch.Tensor:
-    """``x`` ``[..., K]`` times the weight, ``[..., N]``, as ONNX operators."""
-    raise ModelError(f"a weight in format {quantized.format!r} has no ONNX form")
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lowering:
+    """How weights are written.
+
+    Args:
+        format: "matmulnbits" (ONNX Runtime's operator) or "qdq" (DequantizeLinear and MatMul, standard operators, which
+            ONNX Runtime makes the other of)
+        exact: products in float32: those of ``MatMulNBits`` are then what torch computes, to rounding
+        accuracy_level: of ``MatMulNBits``; 4 rounds inputs to int8 by block, three times faster. 0 is float32
+
+    Raises:
+        OptionError: a format or level that does not exist
+    """
+
+    format: Format = "matmulnbits"
+    exact: bool = False
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        if self.format not in ("matmulnbits", "qdq"):
+            raise OptionError(f'format={self.format!r} does not exist; choose "matmulnbits" or "qdq"')
+        if self.accuracy_level not in range(5):
+            raise OptionError(f"accuracy_level={self.accuracy_level!r} does not exist; ONNX Runtime has 0 to 4")
+
+    def product(self, quantized: QuantWeight) -> Product:
+        """``x`` times ``quantized``, its rounded inputs included, but neither ``pre_scale`` nor ``order``."""
+        if (whole := integer_product(quantized)) is not None:
+            return whole
+        level = 0 if self.exact else self.accuracy_level
+        product = weight_product(quantized, qdq=self.format == "qdq", accuracy_level=level)
+        activation = quantized.activation
+        if activation is None:
+            return product
+        eights = activation.format in ("int8", "uint8") and activation.per in ("token", "tensor")
+        if eights and level == 4 and product.became.startswith("MatMulNBits"):
+            # The kernel itself rounds inputs to eight bits, on a finer grid than the one asked for.
+            return dataclasses.replace(product, became=f"{product.became}, inputs by block")
+        return dataclasses.replace(
+            product,
+            became=f"{product.became}, inputs {activation.format} by {activation.per}",
+            apply=lambda x, held: product.apply(rounded_input(x, activation), held),
+        )
+
+
+class LoweredLinear(nn.Module):
+    """A `QuantLinear` as the exporter sees it: constants under the layer's name, and operators over them."""
+
+    def __init__(self, layer: QuantLinear, lowering: Lowering) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        quantized = layer.quantized
+        self.product = lowering.product(quantized)
+        self.names = tuple(self.product.tensors)
+        for name, tensor in self.product.tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("pre_scale", quantized.pre_scale)
+        self.register_buffer("order", quantized.order)
+        self.bias, self.output = layer.bias, layer.output
+        # PEFT asks for it to learn a dtype.
+        self.compute_dtype = layer.compute_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` -> ``[..., N]``, computed in float32."""
+        wide = x.to(torch.float32)
+        pre_scale, order = self.get_buffer("pre_scale"), self.get_buffer("order")
+        if pre_scale is not None:
+            wide = wide * pre_scale
+        if order is not None:
+            wide = wide.index_select(-1, order)
+        y = self.product.apply(wide, {name: self.get_buffer(name) for name in self.names})
+        y = y if self.bias is None else y + self.bias.to(torch.float32)
+        return (y if self.output is None else y.to(getattr(torch, self.output))).to(x.dtype)
+
+
+@contextlib.contextmanager
+def lowered(model: nn.Module, lowering: Lowering) -> Iterator[dict[str, LoweredLinear]]:
+    """Within it, every `QuantLinear` of ``model`` is a `LoweredLinear`; gives them by name."""
+    layers = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantLinear)
+    ]
+    made: dict[int, LoweredLinear] = {}
+    found: dict[str, LoweredLinear] = {}
+    try:
+        for name, layer in layers:
+            found[name] = made.setdefault(id(layer), LoweredLinear(layer, lowering))
+            replace(model, name, found[name])
+        yield found
+    finally:
+        for name, layer in layers:
+            replace(model, name, layer)
