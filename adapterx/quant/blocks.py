@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from adapterx.quant.calibration import Calibration, Call, first_tensor
+from adapterx.quant.fold import Fold
 
 Tensor = torch.Tensor
 
@@ -28,6 +29,7 @@ class Block:
         calls: its inputs as the quantized blocks before it give them
         float_calls: its inputs as the float model gives them
         targets: its outputs in float, for ``float_calls``, one a call
+        folds: what methods moved into producers while they quantized the block, by names within it
     """
 
     name: str
@@ -35,6 +37,7 @@ class Block:
     calls: Sequence[Call]
     float_calls: Sequence[Call]
     targets: Sequence[Tensor]
+    folds: list[Fold] = dataclasses.field(default_factory=list)
 
     def watch(self, sinks: Mapping[str, Callable[[Tensor], None]], *, floats: bool = False) -> None:
         """Run the block on all its calls; ``sinks[name](x)`` gets each input of its layer ``name``."""
