@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from adapterx.errors import OptionError as OptionError
     from adapterx.errors import UnknownAdapter as UnknownAdapter
     from adapterx.errors import UnsupportedAdapter as UnsupportedAdapter
+    from adapterx.errors import UnsupportedQuantization as UnsupportedQuantization
     from adapterx.formats import load_adapter as load_adapter
     from adapterx.formats import save_adapter as save_adapter
     from adapterx.graph.extract import Extraction as Extraction
@@ -70,6 +71,7 @@ __all__ = [
     "OptionError",
     "UnknownAdapter",
     "UnsupportedAdapter",
+    "UnsupportedQuantization",
     "Verification",
     "__version__",
     "combine",

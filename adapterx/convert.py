@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from adapterx.adapter import LORA_A, LORA_B, Adapter, Array, LowRank
 from adapterx.errors import FormatError, MismatchError, OptionError, nearest
+from adapterx.faults import Faults
 from adapterx.formats import load_adapter, save_adapter
 from adapterx.formats.detect import Written, written_format
-from adapterx.formats.faults import Faults
 from adapterx.formats.onnx_adapter import write_tensors
 from adapterx.formats.quantized import Quantization, check
 from adapterx.graph.bases import find_bases

@@ -5,6 +5,7 @@
     AdapterxError
     +-- FormatError (ValueError)         a file is broken, too large, or not what it says it is
     |   +-- UnsupportedAdapter           the file is whole, but holds what we cannot apply exactly
+    |   +-- UnsupportedQuantization      the checkpoint is whole, but has an encoding that we cannot hold exactly
     +-- ModelError (ValueError)          an ONNX model is broken, unsafe, or cannot be rewritten
     |   +-- NoAdaptersFound (LookupError) the model has no adapter that we may take
     +-- MismatchError (ValueError)       adapter and model (or a and b) do not belong together
@@ -32,6 +33,10 @@ class FormatError(AdapterxError, ValueError):
 
 class UnsupportedAdapter(FormatError):
     """A whole and readable adapter whose arithmetic we cannot reproduce exactly."""
+
+
+class UnsupportedQuantization(FormatError):
+    """A whole and readable quantized checkpoint with an encoding that we cannot hold without loss."""
 
 
 class ModelError(AdapterxError, ValueError):

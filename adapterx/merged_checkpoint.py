@@ -19,8 +19,8 @@ from adapterx.errors import FormatError, MismatchError, OptionError, nearest
 from adapterx.formats import load_adapter
 from adapterx.formats.checkpoint import CONFIG, Checkpoint, read_checkpoint
 from adapterx.formats.checkpoint_copy import NewTensor, write_copy
-from adapterx.formats.json_text import json_object
 from adapterx.formats.peft_config import NAME as ADAPTER_CONFIG
+from adapterx.json_text import json_object
 from adapterx.kinds import shaped
 from adapterx.kinds.merged import Merger, merger
 from adapterx.kinds.merged_rows import merged_rows

@@ -20,6 +20,8 @@ BOTTOM = frozenset(
         "atomic",
         "progress",
         "limits",
+        "json_text",
+        "faults",
         "external_data",
         "adapter",
         "site",

@@ -34,6 +34,7 @@ ERRORS = {
     "OptionError",
     "UnknownAdapter",
     "UnsupportedAdapter",
+    "UnsupportedQuantization",
 }
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from adapterx.errors import FormatError
+from adapterx.faults import Faults
 from adapterx.formats import safetensors
 from adapterx.formats.dtypes import BY_SAFETENSORS
-from adapterx.formats.faults import Faults
 from adapterx.formats.file_bytes import FileBytes
-from adapterx.formats.json_text import json_object
 from adapterx.formats.safetensors import Header
+from adapterx.json_text import json_object
 from adapterx.limits import Limits
 
 CONFIG = "config.json"

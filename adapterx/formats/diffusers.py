@@ -10,10 +10,10 @@ import numpy as np
 
 from adapterx.adapter import GAIN, INPUT_GAIN, PROMPT, WHOLE_BIAS, WHOLE_WEIGHT, Adapter, Array, LowRank
 from adapterx.atomic import atomic_write
+from adapterx.faults import Faults
 from adapterx.flattened import FLAT_ADVICE, PIPELINE, in_pipeline, is_flattened
 from adapterx.formats import peft_folder, safetensors
 from adapterx.formats.diffusion import SETTINGS
-from adapterx.formats.faults import Faults
 from adapterx.formats.tensor_table import tensors_to_write
 
 _NOT_HELD = {GAIN, INPUT_GAIN, PROMPT, WHOLE_BIAS, WHOLE_WEIGHT}

@@ -16,12 +16,12 @@ import numpy as np
 
 from adapterx.adapter import LORA_A, LORA_B, MAGNITUDE, Array, LowRank, tensor_name
 from adapterx.errors import FormatError, UnsupportedAdapter
+from adapterx.faults import Faults
 from adapterx.flattened import PIPELINE, is_flattened
 from adapterx.formats.dtypes import BY_DTYPE, NAMES
-from adapterx.formats.faults import Faults
-from adapterx.formats.json_text import json_object
 from adapterx.formats.peft_config import PeftSettings, settings_of
 from adapterx.formats.tensor_table import PREFIX, Nonfinite, TensorTable, name_fault, refuse_nonfinite
+from adapterx.json_text import json_object
 from adapterx.kinds import conv, dora, loha, lokr, lora
 from adapterx.limits import Limits
 

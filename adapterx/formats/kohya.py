@@ -9,9 +9,9 @@ import numpy as np
 
 from adapterx.adapter import MAGNITUDE, Adapter, Array, LowRank
 from adapterx.atomic import atomic_write
+from adapterx.faults import Faults
 from adapterx.flattened import COMPONENTS, flattened, in_pipeline, is_flattened
 from adapterx.formats import safetensors
-from adapterx.formats.faults import Faults
 from adapterx.formats.tensor_table import tensors_to_write
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adapterx.errors import FormatError, UnsupportedAdapter
+from adapterx.faults import Faults
 from adapterx.formats import peft_config, safetensors
 from adapterx.formats.detect import PICKLE_ADVICE
-from adapterx.formats.faults import Faults
 from adapterx.formats.file_bytes import FileBytes
 from adapterx.formats.peft_config import PeftSettings
 from adapterx.formats.tensor_table import TensorTable

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from adapterx.errors import FormatError
-from adapterx.formats.faults import Faults
+from adapterx.faults import Faults
 from adapterx.formats.file_bytes import FileBytes
-from adapterx.formats.json_text import json_object
 from adapterx.formats.module_pattern import Budget, ModulePattern, PatternError
+from adapterx.json_text import json_object
 from adapterx.limits import Limits
 
 NAME = "adapter_config.json"

@@ -26,9 +26,9 @@ from adapterx.adapter import (
     LowRank,
 )
 from adapterx.atomic import Buffer, new_folder, replacing
+from adapterx.faults import Faults
 from adapterx.flattened import FLAT_ADVICE, is_flattened
 from adapterx.formats import peft_config, safetensors
-from adapterx.formats.faults import Faults
 from adapterx.formats.peft import WEIGHTS
 from adapterx.formats.tensor_table import PREFIX, tensors_to_write
 

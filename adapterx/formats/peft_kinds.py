@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 from adapterx.adapter import Array, LowRank
 from adapterx.errors import UnsupportedAdapter
+from adapterx.faults import Faults
 from adapterx.formats.dtypes import BY_DTYPE, NAMES
-from adapterx.formats.faults import Faults
 from adapterx.formats.peft_config import PeftSettings
 from adapterx.formats.tensor_table import PREFIX, Nonfinite, TensorTable, name_fault, refuse_nonfinite
 from adapterx.kinds import conv, dora, embedding, ia3, loha, lokr, lora, prompt, saved, vera

@@ -21,8 +21,8 @@ import numpy as np
 
 from adapterx.adapter import LORA_A, LORA_B, PARTS, Adapter, Array, tensor_name
 from adapterx.errors import FormatError, OptionError, nearest
-from adapterx.formats.faults import Faults
-from adapterx.formats.json_text import json_object
+from adapterx.faults import Faults
+from adapterx.json_text import json_object
 from adapterx.site import LORA_SCALE
 
 Quantization = Literal["int8", "int4"]

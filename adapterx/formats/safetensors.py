@@ -18,14 +18,14 @@ import numpy as np
 from adapterx.adapter import Adapter, Array
 from adapterx.atomic import Buffer, atomic_write
 from adapterx.errors import FormatError
+from adapterx.faults import Faults
 from adapterx.formats import quantized
 from adapterx.formats.dtypes import BY_DTYPE, BY_SAFETENSORS
-from adapterx.formats.faults import Faults
 from adapterx.formats.file_bytes import FileBytes
 from adapterx.formats.finite import all_finite
-from adapterx.formats.json_text import json_object
 from adapterx.formats.quantized import Quantization
 from adapterx.formats.tensor_table import Layout, TensorTable, tensors_to_write
+from adapterx.json_text import json_object
 from adapterx.limits import Limits
 
 MARK = "adapterx"

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from adapterx.adapter import LORA_A, LORA_B, PARTS, PROMPT, WHOLE_WEIGHT, Array, LowRank, frozen, tensor_name
+from adapterx.faults import Faults
 from adapterx.formats.dtypes import BY_DTYPE, NAMES
-from adapterx.formats.faults import Faults
 from adapterx.formats.finite import all_finite, count_nonfinite
 from adapterx.limits import Limits
 
