@@ -33,7 +33,7 @@ _NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 _FP4_HALF = (0.0, 0.0052083333333, 0.6666666666667, 1.0, 0.3333333333333, 0.5, 0.1666666666667, 0.25)
-_TABLES = {"nf4": _NF4, "fp4": (*_FP4_HALF, *(-value for value in _FP4_HALF))}
+TABLES = {"nf4": _NF4, "fp4": (*_FP4_HALF, *(-value for value in _FP4_HALF))}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ def _looked_up(ref: BaseWeight, tensor: Tensors) -> Array:
     codes = np.stack([packed >> 4, packed & 0xF], axis=-1).reshape(-1)[: math.prod(ref.shape)]
     absmax = tensor(ref.tensors[SCALE]).astype(np.float32).reshape(-1)
     scale = np.repeat(absmax, ref.block_size)[: codes.size]
-    return (np.array(_TABLES[ref.storage], np.float32)[codes] * scale).reshape(ref.shape)
+    return (np.array(TABLES[ref.storage], np.float32)[codes] * scale).reshape(ref.shape)
 
 
 # -- Codes and zero points, packed or not -----------------------------------------------------------------------------
