@@ -6,8 +6,11 @@ import dataclasses
 import functools
 import math
 from types import MappingProxyType
+from typing import Literal
 
 import torch
+
+Rounding = Literal["even", "nearest", "floor", "dither"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,6 +141,34 @@ def nearest(values: torch.Tensor, name: str) -> torch.Tensor:
     tie = (index < len(middles)) & (wide == middles[torch.clamp(index, max=len(middles) - 1)])
     index = torch.where(tie & ~even[index] & even[above], above, index)
     return codes[index]
+
+
+def codes_of(values: torch.Tensor, name: str, rounding: Rounding = "even") -> torch.Tensor:
+    """Codes, uint8, of ``values`` in the table, which are cut off at its largest.
+
+    Args:
+        values: already divided by their scales
+        name: of the format
+        rounding: "even" is `nearest`; "nearest" takes ties away from zero; "floor" is towards zero; "dither" goes up
+            or down by chance, in proportion, with a seed of its own: the same values give the same codes
+    """
+    if rounding == "even":
+        return nearest(values, name)
+    steps = table(name).to(values.device)
+    # Integers reach one further below zero than above; that code is left unused, as in microxcaling.
+    steps = torch.unique(steps[torch.isfinite(steps) & (steps >= 0)])
+    size = values.abs().clamp(max=float(steps[-1]))
+    below = torch.bucketize(size, steps, right=True) - 1
+    above = (below + 1).clamp(max=len(steps) - 1)
+    part = (size - steps[below]) / (steps[above] - steps[below]).clamp(min=1e-30)
+    if rounding == "floor":
+        up = torch.zeros_like(part, dtype=torch.bool)
+    elif rounding == "nearest":
+        up = part >= 0.5
+    else:
+        chance = torch.Generator(device=values.device).manual_seed(0)
+        up = torch.rand(part.shape, generator=chance, device=values.device) < part
+    return nearest(torch.where(up, steps[above], steps[below]) * values.sign(), name)
 
 
 def scale_for(absmax: torch.Tensor, name: str) -> torch.Tensor:

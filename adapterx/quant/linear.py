@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adapterx.errors import MismatchError, ModelError
+from adapterx.quant.codebook import Rounding
 from adapterx.quant.packing import pack, unpack
 from adapterx.quant.rounding import rounded
 from adapterx.quant.weight import Activation, DoubleScales, Output, Per, QuantWeight
@@ -54,6 +55,7 @@ class QuantLinear(nn.Linear):
         self.activation_format = None if activation is None else activation.format
         self.activation_per: Per = "token" if activation is None else activation.per
         self.activation_group = 0 if activation is None else activation.group
+        self.activation_rounding: Rounding = "even" if activation is None else activation.rounding
         self.output: Output | None = quantized.output
         self.double_bits, self.double_group = (0, 0) if double is None else (double.bits, double.group)
         zeros = quantized.zeros
@@ -102,6 +104,7 @@ class QuantLinear(nn.Linear):
                 scale=self.act_scale,
                 zero=self.act_zero,
                 group=self.activation_group,
+                rounding=self.activation_rounding,
             )
         return QuantWeight(
             codes=unpack(self.qweight, self.bits, self.in_features),
@@ -187,6 +190,11 @@ def linear_weight(module: nn.Module) -> Tensor:
 def write_weight(module: nn.Module, weight: Tensor) -> None:
     """Put ``weight`` ``[N, K]`` into a float linear layer, in its own dtype."""
     linear_weight(module).copy_(weight)
+
+
+def stored_weight(module: nn.Module, weight: Tensor) -> Tensor:
+    """``weight`` ``[N, K]`` as the float linear layer ``module`` keeps its own: in its dtype, ``Conv1D``'s turned."""
+    return (weight.T if _is_conv1d(module) else weight).to(linear_weight(module).dtype)
 
 
 def as_quantized(module: nn.Module, quantized: QuantWeight) -> QuantLinear:

@@ -35,6 +35,8 @@ def rounded_input(x: Tensor, activation: Activation) -> Tensor:
     Raises:
         ModelError: a format that has none
     """
+    if activation.rounding != "even":
+        raise ModelError(f"inputs rounded by {activation.rounding!r} have no ONNX form; those to the nearest have")
     if activation.format in ("int8", "uint8"):
         return _on_integers(x, activation)
     if activation.format not in _MINIFLOATS and activation.format != "mxint8":

@@ -6,7 +6,7 @@ import torch
 
 from adapterx.errors import OptionError
 from adapterx.quant.affine import grouped
-from adapterx.quant.codebook import FORMATS, nearest, scale_for, table
+from adapterx.quant.codebook import FORMATS, codes_of, scale_for, table
 from adapterx.quant.weight import Activation
 
 Tensor = torch.Tensor
@@ -54,7 +54,7 @@ def _on_table(x: Tensor, activation: Activation) -> Tensor:
     if activation.per == "static":
         if activation.scale is None:
             raise OptionError("a static activation needs the scale that calibration found")
-        return values[nearest(x / activation.scale, activation.format).long()] * activation.scale
+        return values[codes_of(x / activation.scale, activation.format, activation.rounding).long()] * activation.scale
     if activation.per == "tensor":
         absmax = x.abs().amax()
         groups = x
@@ -65,5 +65,5 @@ def _on_table(x: Tensor, activation: Activation) -> Tensor:
         groups = grouped(x.flatten(0, -2), activation.group)
         absmax = groups.abs().amax(-1, keepdim=True)
     scale = scale_for(absmax, activation.format)
-    found = values[nearest(groups / scale, activation.format).long()] * scale
+    found = values[codes_of(groups / scale, activation.format, activation.rounding).long()] * scale
     return found if activation.per != "block" else found.flatten(1)[:, : x.shape[-1]].reshape(x.shape)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from adapterx.errors import MismatchError
-from adapterx.quant.codebook import table
+from adapterx.quant.codebook import Rounding, table
 
 Tensor = torch.Tensor
 Per = Literal["tensor", "token", "static", "block"]
@@ -26,6 +26,7 @@ class Activation:
         scale: float32 scalar, static only
         zero: integer scalar in the range of ``format``, static only; None is 0
         group: inputs of a block
+        rounding: to codes of a table; "floor" and "dither" have no ONNX form
     """
 
     format: str = "int8"
@@ -33,6 +34,7 @@ class Activation:
     scale: Tensor | None = None
     zero: Tensor | None = None
     group: int = 32
+    rounding: Rounding = "even"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
