@@ -64,9 +64,8 @@ def integers_of(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tens
         scale = _above_zero(_largest(x, activation.per) / 127)
         zero = torch.zeros_like(scale)
     else:
-        per_token = activation.per == "token"
-        least = (x.amin(-1, keepdim=True) if per_token else x.amin()).clamp(max=0)
-        most = (x.amax(-1, keepdim=True) if per_token else x.amax()).clamp(min=0)
+        axes, kept = _axes(x, activation.per), activation.per == "token"
+        least, most = x.amin(axes, keepdim=kept).clamp(max=0), x.amax(axes, keepdim=kept).clamp(min=0)
         scale = _above_zero((most - least) / 255)
         zero = torch.round(-least / scale).clamp(0, 255)
     return (torch.round(x / scale) + zero).clamp(low, high), scale, zero
@@ -78,7 +77,11 @@ def _on_integers(x: Tensor, activation: Activation) -> Tensor:
 
 
 def _largest(x: Tensor, per: str) -> Tensor:
-    return x.abs().amax(-1, keepdim=True) if per == "token" else x.abs().amax()
+    return x.abs().amax(_axes(x, per), keepdim=per == "token")
+
+
+def _axes(x: Tensor, per: str) -> list[int]:
+    return [-1] if per == "token" else list(range(x.dim()))
 
 
 def _above_zero(scale: Tensor) -> Tensor:

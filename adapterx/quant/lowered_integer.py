@@ -105,5 +105,3 @@ def _matmul_integer(codes: Tensor, zero: Tensor, held: Tensors, rows: int) -> Te
         "MatMulInteger", operands, {}, dtype=torch.int32, shape=(*codes.shape[:-1], rows), version=10
     )
     return whole.to(torch.float32)
-
-

@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch.nn.functional import pad
 
-from adapterx.quant.codebook import FORMATS, table
+from adapterx.errors import OptionError
+from adapterx.quant.codebook import table
 from adapterx.quant.packing import pack
 from adapterx.quant.weight import QuantWeight
 
 Tensor = torch.Tensor
 Tensors = Mapping[str, Tensor]
+Format = Literal["matmulnbits", "qdq"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 # Codes of a quantizer's own kernels: MatMulBnb4's quant_type.
@@ -32,6 +35,41 @@ _FLOAT8 = {
 }
 # Marks nodes over constants that have to stay nodes: folded, the file would hold floats.
 KEPT = "ai.adapterx.kept"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lowering:
+    """How weights are written.
+
+    Args:
+        format: "matmulnbits" (ONNX Runtime's operator) or "qdq" (DequantizeLinear and MatMul, standard operators, which
+            ONNX Runtime makes the other of)
+        exact: products in float32: those of ``MatMulNBits`` are then what torch computes, to rounding
+        accuracy_level: of ``MatMulNBits``; 4 rounds inputs to int8 by block, three times faster. 0 is float32
+
+    Raises:
+        OptionError: a format or level that does not exist
+    """
+
+    format: Format = "matmulnbits"
+    exact: bool = False
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        if self.format not in ("matmulnbits", "qdq"):
+            raise OptionError(f'format={self.format!r} does not exist; choose "matmulnbits" or "qdq"')
+        if self.accuracy_level not in range(5):
+            raise OptionError(f"accuracy_level={self.accuracy_level!r} does not exist; ONNX Runtime has 0 to 4")
+        if self.format == "qdq" and self.accuracy_level != 4:
+            raise OptionError(
+                "accuracy_level is MatMulNBits's; of format='qdq' the session decides, with its option "
+                "session.qdq_matmulnbits_accuracy_level. exact=True writes what no session rounds"
+            )
+
+    @property
+    def level(self) -> int:
+        """The accuracy level that is written."""
+        return 0 if self.exact else self.accuracy_level
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -67,15 +105,15 @@ def block_of(quantized: QuantWeight) -> int | None:
     return block if block >= 2 * _SMALLEST_BLOCK else min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, _power_above(inputs)))
 
 
-def weight_product(quantized: QuantWeight, *, qdq: bool, accuracy_level: int) -> Product:
+def weight_product(quantized: QuantWeight, lowering: Lowering) -> Product:
     """The product with the weight alone: neither ``pre_scale`` nor ``order`` nor a rounded input is in it."""
     if not quantized.is_affine:
-        return _table_product(quantized, qdq=qdq, accuracy_level=accuracy_level)
+        return _table_product(quantized, lowering)
     if quantized.zeros is not None and quantized.zeros.is_floating_point():
-        return _float_zeros(quantized, qdq=qdq, accuracy_level=accuracy_level)
-    if qdq or block_of(quantized) is None:
-        return _dequantized(quantized)
-    return _nbits(quantized, accuracy_level)
+        return _float_zeros(quantized, lowering)
+    if lowering.format == "qdq" or block_of(quantized) is None:
+        return _dequantized(quantized, lowering)
+    return _nbits(quantized, lowering.level)
 
 
 def repeated(grid: Tensor, group: int, block: int, inputs: int) -> Tensor:
@@ -116,43 +154,47 @@ def _whole_zeros(quantized: QuantWeight) -> Tensor | None:
     return torch.full_like(quantized.scales, 2 ** (quantized.bits - 1), dtype=torch.uint8)
 
 
-def _dequantized(quantized: QuantWeight) -> Product:
-    """``DequantizeLinear`` along axis 0 of ``[K, N]``, which ONNX Runtime makes MatMulNBits of where the block allows.
+def _dequantized(quantized: QuantWeight, lowering: Lowering) -> Product:
+    """``DequantizeLinear`` along axis 0 of ``[K, N]``, which ONNX Runtime makes MatMulNBits of where the block allows,
 
-    Along axis 1, behind a Transpose, it would unpack the weight at every call.
+    with inputs rounded to int8. Behind a Transpose it leaves it as it is, and unpacks the weight at every call.
     """
     zeros = quantized.zeros
     if zeros is None:
         zeros = torch.full_like(quantized.scales, 2 ** (quantized.bits - 1), dtype=torch.uint8)
     narrow = {} if quantized.bits > 4 else {"qweight": 4, "qzeros": 4}
-    return _blocked(quantized, quantized.codes, zeros, kind=f"{4 if narrow else 8} bits", narrow=narrow)
+    made = _blocked(quantized, quantized.codes, zeros, kind=f"{4 if narrow else 8} bits", turned=lowering.exact)
+    return dataclasses.replace(made, narrow=narrow)
 
 
 def _blocked(
-    quantized: QuantWeight, codes: Tensor, zeros: Tensor | None, *, kind: str, narrow: Mapping[str, int] | None = None
+    quantized: QuantWeight, codes: Tensor, zeros: Tensor | None, *, kind: str, turned: bool = False
 ) -> Product:
-    rows, inputs = quantized.shape
+    """``DequantizeLinear`` of ``[K, N]``; ``turned``: of ``[N, K]``."""
+    inputs = quantized.shape[1]
     block = block_of(quantized) or quantized.group
     per_channel = quantized.scales.shape[1] == 1 and zeros is None
     # Blocks have to divide what they divide up; zeros are put behind the inputs, too.
     padding = 0 if per_channel else -inputs % block
-    tensors = {"qweight": _turned(pad(codes.view(torch.uint8), (0, padding))).view(codes.dtype)}
+    laid = (lambda matrix: matrix.contiguous()) if turned else _turned
+    tensors = {"qweight": laid(pad(codes.view(torch.uint8), (0, padding))).view(codes.dtype)}
     for name, grid in (("scales", quantized.scales), ("qzeros", zeros)):
         if grid is not None:
-            spread = grid[:, 0] if per_channel else _turned(repeated(grid, quantized.group, block, inputs))
-            tensors[name] = spread.contiguous()
-    attributes = {"axis": 1} if per_channel else {"axis": 0, "block_size": block}
+            tensors[name] = (
+                grid[:, 0].contiguous() if per_channel else laid(repeated(grid, quantized.group, block, inputs))
+            )
+    attributes = {"axis": 1 - turned} if per_channel else {"axis": int(turned), "block_size": block}
 
     def apply(x: Tensor, held: Tensors) -> Tensor:
         operands = [held["qweight"], held["scales"], held.get("qzeros")]
-        weight = _symbolic("DequantizeLinear", operands, attributes, shape=(inputs + padding, rows), version=21)
-        return torch.matmul(pad(x, (0, padding)) if padding else x, weight)
+        shape = held["qweight"].shape
+        weight = _symbolic("DequantizeLinear", operands, attributes, shape=tuple(shape), version=21)
+        return torch.matmul(pad(x, (0, padding)) if padding else x, weight.T if turned else weight)
 
-    size = "a column" if per_channel else f"block {block}"
-    return Product(f"DequantizeLinear, {kind}, {size}", tensors, apply, narrow or {})
+    return Product(f"DequantizeLinear, {kind}, {'a column' if per_channel else f'block {block}'}", tensors, apply)
 
 
-def _float_zeros(quantized: QuantWeight, *, qdq: bool, accuracy_level: int) -> Product:
+def _float_zeros(quantized: QuantWeight, lowering: Lowering) -> Product:
     """Zero points with fractions: whole ones, and the rest as a product of rank ``G`` with the sums of the groups.
 
     ``(c - z) s = (c - w) s + (w - z) s``, and the last is the same for all inputs of a group. ONNX Runtime has float
@@ -161,9 +203,7 @@ def _float_zeros(quantized: QuantWeight, *, qdq: bool, accuracy_level: int) -> P
     zeros, group = quantized.zeros, quantized.group
     assert zeros is not None, "the caller has looked"
     whole = zeros.round().clamp(0, 2**quantized.bits - 1)
-    inner = weight_product(
-        dataclasses.replace(quantized, zeros=whole.to(torch.uint8)), qdq=qdq, accuracy_level=accuracy_level
-    )
+    inner = weight_product(dataclasses.replace(quantized, zeros=whole.to(torch.uint8)), lowering)
     groups, padding = zeros.shape[1], -quantized.shape[1] % group
     rest = _turned((whole - zeros) * quantized.scales)
 
@@ -172,15 +212,17 @@ def _float_zeros(quantized: QuantWeight, *, qdq: bool, accuracy_level: int) -> P
         sums = sums.unflatten(-1, (groups, group)).sum(-1)
         return inner.apply(x, held) + torch.matmul(sums, held["zero_rest"])
 
-    return Product(f"{inner.became} + zeros of rank {groups}", {**inner.tensors, "zero_rest": rest}, apply, inner.narrow)
+    return Product(
+        f"{inner.became} + zeros of rank {groups}", {**inner.tensors, "zero_rest": rest}, apply, inner.narrow
+    )
 
 
-def _table_product(quantized: QuantWeight, *, qdq: bool, accuracy_level: int) -> Product:
+def _table_product(quantized: QuantWeight, lowering: Lowering) -> Product:
     values = table(quantized.format) if quantized.codebook is None else quantized.codebook.cpu()
-    if quantized.format in _BNB4 and block_of(quantized) is not None and not qdq:
+    if quantized.format in _BNB4 and block_of(quantized) is not None and lowering.format == "matmulnbits":
         return _bnb4(quantized)
     if (whole := _as_integers(quantized, values)) is not None:
-        return weight_product(whole, qdq=qdq, accuracy_level=accuracy_level)
+        return weight_product(whole, lowering)
     for name, dtype in _FLOAT8.items():
         if (codes := _as_float8(quantized, values, name)) is not None:
             return _blocked(quantized, codes.view(dtype), None, kind=name)
@@ -279,5 +321,3 @@ def _turned(matrix: Tensor) -> Tensor:
 
 def _power_above(number: int) -> int:
     return 1 << (number - 1).bit_length()
-
-

@@ -10,64 +10,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import nn
 
-from adapterx.errors import OptionError
 from adapterx.quant.linear import QuantLinear, replace
 from adapterx.quant.lowered_input import rounded_input
 from adapterx.quant.lowered_integer import integer_product
-from adapterx.quant.lowered_product import Product, weight_product
+from adapterx.quant.lowered_product import Lowering, Product, weight_product
 from adapterx.quant.weight import QuantWeight
 
 Tensor = torch.Tensor
-Format = Literal["matmulnbits", "qdq"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Lowering:
-    """How weights are written.
-
-    Args:
-        format: "matmulnbits" (ONNX Runtime's operator) or "qdq" (DequantizeLinear and MatMul, standard operators, which
-            ONNX Runtime makes the other of)
-        exact: products in float32: those of ``MatMulNBits`` are then what torch computes, to rounding
-        accuracy_level: of ``MatMulNBits``; 4 rounds inputs to int8 by block, three times faster. 0 is float32
-
-    Raises:
-        OptionError: a format or level that does not exist
-    """
-
-    format: Format = "matmulnbits"
-    exact: bool = False
-    accuracy_level: int = 4
-
-    def __post_init__(self) -> None:
-        if self.format not in ("matmulnbits", "qdq"):
-            raise OptionError(f'format={self.format!r} does not exist; choose "matmulnbits" or "qdq"')
-        if self.accuracy_level not in range(5):
-            raise OptionError(f"accuracy_level={self.accuracy_level!r} does not exist; ONNX Runtime has 0 to 4")
-
-    def product(self, quantized: QuantWeight) -> Product:
-        """``x`` times ``quantized``, its rounded inputs included, but neither ``pre_scale`` nor ``order``."""
-        if (whole := integer_product(quantized)) is not None:
-            return whole
-        level = 0 if self.exact else self.accuracy_level
-        product = weight_product(quantized, qdq=self.format == "qdq", accuracy_level=level)
-        activation = quantized.activation
-        if activation is None:
-            return product
-        eights = activation.format in ("int8", "uint8") and activation.per in ("token", "tensor")
-        if eights and level == 4 and product.became.startswith("MatMulNBits"):
-            # The kernel itself rounds inputs to eight bits, on a finer grid than the one asked for.
-            return dataclasses.replace(product, became=f"{product.became}, inputs by block")
-        return dataclasses.replace(
-            product,
-            became=f"{product.became}, inputs {activation.format} by {activation.per}",
-            apply=lambda x, held: product.apply(rounded_input(x, activation), held),
-        )
+def product_of(quantized: QuantWeight, lowering: Lowering) -> Product:
+    """``x`` times ``quantized``, its rounded inputs included, but neither ``pre_scale`` nor ``order``."""
+    if (whole := integer_product(quantized)) is not None:
+        return whole
+    product = weight_product(quantized, lowering)
+    activation = quantized.activation
+    if activation is None:
+        return product
+    eights = activation.format in ("int8", "uint8") and activation.per in ("token", "tensor")
+    if eights and lowering.level == 4 and product.became.startswith("MatMulNBits"):
+        # The kernel itself rounds inputs to eight bits, on a finer grid than the one asked for.
+        return dataclasses.replace(product, became=f"{product.became}, inputs by block")
+    return dataclasses.replace(
+        product,
+        became=f"{product.became}, inputs {activation.format} by {activation.per}",
+        apply=lambda x, held: product.apply(rounded_input(x, activation), held),
+    )
 
 
 class LoweredLinear(nn.Module):
@@ -77,15 +49,14 @@ class LoweredLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         quantized = layer.quantized
-        self.product = lowering.product(quantized)
+        self.product = product_of(quantized, lowering)
         self.names = tuple(self.product.tensors)
         for name, tensor in self.product.tensors.items():
             self.register_buffer(name, tensor)
         self.register_buffer("pre_scale", quantized.pre_scale)
         self.register_buffer("order", quantized.order)
         self.bias, self.output = layer.bias, layer.output
-        # PEFT asks for it to learn a dtype.
-        self.compute_dtype = layer.compute_dtype
+        self.was = layer.extra_repr().partition(", ")[2].partition(", ")[2]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` -> ``[..., N]``, computed in float32."""
