@@ -6,7 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 @contextlib.contextmanager
@@ -25,3 +33,26 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     with bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+@contextlib.contextmanager
+def steps(description: str, total: int) -> Iterator[Callable[[int, Callable[[], str]], None]]:
+    """Show which of ``total`` steps are done; gives a function to call with the number just done and what says how.
+
+    The latter is a function, too, and is only called where somebody watches: it may take its time.
+
+    Example:
+        >>> with steps("quantizing", total=1) as advance:
+        ...     advance(1, lambda: "model.layers.0, error 1.2e-03")
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task(description, total=total)
+
+        def advance(done: int, outcome: Callable[[], str]) -> None:
+            if console.is_terminal:
+                bar.update(task, advance=done, description=f"{description} {outcome()}")
+
+        yield advance

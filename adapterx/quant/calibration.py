@@ -7,6 +7,7 @@ little. The loop runs to its end: nothing is aborted, and no exception is raised
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -103,6 +104,20 @@ class Calibration:
             handle.remove()
         self._handles.clear()
         self._outputs.clear()
+        # Nothing that came out of inference mode may be part of a gradient, which some methods follow.
+        self.calls = _normal(self.calls)
+        self.blocks = _normal(self.blocks)
+
+    def moved_to(self, model: nn.Module) -> Calibration:
+        """This for ``model``, a deep copy of its own model: hooks that were copied along are taken off there."""
+        ids = {handle.id for handle in self._handles}
+        for module in model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+                for known in ids & hooks.keys():
+                    del hooks[known]
+        moved = copy.copy(self)
+        moved.model, moved._handles, moved._outputs = model, [], {}
+        return moved
 
     def require(self) -> None:
         """See to it that every layer that needs data got some.
@@ -170,6 +185,20 @@ def _kept(value: Any, name: str = "") -> Any:
     if type(value) in (tuple, list):
         return type(value)(_kept(item) for item in value)
     return {key: _kept(item, key) for key, item in value.items()} if type(value) is dict else value
+
+
+def _normal(value: Any) -> Any:
+    """``value`` with tensors from inference mode copied to tensors that are not."""
+    match value:
+        case Tensor():
+            return value.clone() if value.is_inference() else value
+        case Call():
+            return Call(_normal(value.args), _normal(value.kwargs))
+        case dict():
+            return {key: _normal(item) for key, item in value.items()}
+        case list() | tuple() if type(value) in (tuple, list):
+            return type(value)(_normal(item) for item in value)
+    return value
 
 
 def batches(calls: list[Call]) -> Iterator[Call]:

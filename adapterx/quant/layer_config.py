@@ -61,6 +61,10 @@ class LayerConfig:
         """Whether the method is one for layers like ``module``."""
         return is_linear(module)
 
+    def leaves(self, name: str, module: nn.Module) -> bool:
+        """Whether the fields keep the module of that name in float."""
+        return False
+
     def set_local(self, operator_name_or_list: Key | Sequence[Key], config: LayerConfig) -> Self:
         """Have ``config`` for the layers of that name (a regular expression, from the name's start) or class.
 

@@ -55,7 +55,7 @@ def mx(weight: Tensor, method: MX, *, name: str = "a layer") -> QuantWeight:
 
     Example:
         >>> mx(torch.tensor([[8.0, 5.0, 0.6, -9.0]]), MX("mxfp4", None)).dequantized().tolist()
-        [[8.0, 4.0, 0.0, -8.0]]
+        [[8.0, 4.0, 1.0, -8.0]]
     """
     weight = finite(weight, name)
     groups = grouped(weight, method.block)

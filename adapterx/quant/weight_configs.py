@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 from adapterx.errors import OptionError
 from adapterx.quant.codebook import FORMATS
-from adapterx.quant.config_fields import ANY, FLAG, LAYERS, Rule, integer, one_of, option
+from adapterx.quant.config_fields import ANY, FLAG, LAYERS, Rule, integer, number, one_of, option
+from adapterx.quant.gptq import GPTQ
+from adapterx.quant.hqq import HQQ
 from adapterx.quant.layer_config import LayerConfig
 from adapterx.quant.rtn import RTN
 from adapterx.quant.scheme import DoubleScheme, Scheme
@@ -16,13 +18,12 @@ _INTEGERS = ("int", *(f"int{bits}" for bits in range(2, 9)))
 _TABLES = {"fp4_e2m1_bnb": "fp4", **{name: name for name in FORMATS}}
 _TABLES |= {name.replace("float8", "fp8"): name for name in FORMATS if name.startswith("float8")}
 
-_BITS = integer(1, 8)
-_GROUP = integer(1, also=[-1])
-_INT = one_of(*_INTEGERS, KEEP)
+BITS = integer(1, 8)
+GROUP = integer(1, also=[-1])
+INT = one_of(*_INTEGERS, KEEP)
 _ANY_DTYPE = one_of(*_INTEGERS, *_TABLES, KEEP)
 # Weights are read from the model that is given, never from a checkpoint: it may hold a merged adapter.
-_NO_PATH = Rule(lambda v: v == "", "'': the weights in memory are what is quantized")
-_MAP = Rule(lambda v: isinstance(v, dict), "a dict of a producer's name and those of its consumers", listed=True)
+NO_PATH = Rule(lambda v: v == "", "'': the weights in memory are what is quantized")
 
 
 def scheme_of(config: Any) -> Scheme | None:
@@ -31,9 +32,7 @@ def scheme_of(config: Any) -> Scheme | None:
     Raises:
         OptionError: fields that contradict each other
     """
-    faults = config.problems()
-    if faults:
-        raise OptionError(f"{type(config).__name__}: " + "; ".join(faults))
+    faultless(config)
     if config.dtype == KEEP:
         return None
     integers = config.dtype in _INTEGERS
@@ -55,6 +54,17 @@ def scheme_of(config: Any) -> Scheme | None:
     )
 
 
+def faultless(config: LayerConfig) -> None:
+    """See to it that the fields of ``config`` go together.
+
+    Raises:
+        OptionError: all that do not
+    """
+    faults = config.problems()
+    if faults:
+        raise OptionError(f"{type(config).__name__}: " + "; ".join(faults))
+
+
 def range_problems(config: Any) -> list[str]:
     """Fields about the range of integers that would mean nothing."""
     if not config.use_full_range or config.dtype == KEEP or isinstance(config.dtype, list):
@@ -71,14 +81,14 @@ class RTNConfig(LayerConfig):
     priority: ClassVar[int] = 80
 
     dtype: str = option("int", _ANY_DTYPE)
-    bits: int = option(4, _BITS)
+    bits: int = option(4, BITS)
     use_sym: bool = option(True, FLAG)
-    group_size: int = option(32, _GROUP)
+    group_size: int = option(32, GROUP)
     group_dim: int = option(1)
     use_full_range: bool = option(False, FLAG)
     use_mse_search: bool = option(False, FLAG)
     use_layer_wise: bool = option(True, ANY)
-    model_path: str = option("", _NO_PATH)
+    model_path: str = option("", NO_PATH)
     use_double_quant: bool = option(False, FLAG)
     double_quant_dtype: str = option("int")
     double_quant_bits: int = option(8, integer(2, 8))
@@ -95,3 +105,76 @@ class RTNConfig(LayerConfig):
         """`RTN`, or None for ``dtype="fp32"``."""
         scheme = scheme_of(self)
         return None if scheme is None else RTN(scheme)
+
+
+class GPTQConfig(LayerConfig):
+    """GPTQ (`adapterx.quant.gptq.GPTQ`)."""
+
+    name: ClassVar[str] = "gptq"
+    priority: ClassVar[int] = 90
+
+    dtype: str = option("int", _ANY_DTYPE)
+    bits: int = option(4, BITS)
+    use_sym: bool = option(True, FLAG)
+    group_size: int = option(32, GROUP)
+    use_mse_search: bool = option(False, FLAG)
+    use_layer_wise: bool = option(False, ANY)
+    use_block_wise: bool = option(False, ANY)
+    model_path: str = option("", NO_PATH)
+    use_double_quant: bool = option(False, FLAG)
+    double_quant_dtype: str = option("int")
+    double_quant_bits: int = option(8, integer(2, 8))
+    double_quant_use_sym: bool = option(False, FLAG)
+    double_quant_group_size: int = option(256, integer(1))
+    act_order: bool = option(False, FLAG)
+    hybrid_order: bool = option(False, FLAG)
+    fp8_aware: bool = option(False)
+    percdamp: float = option(0.01, number(1e-9, 1e9))
+    block_size: int = option(2048, integer(1))
+    static_groups: bool = option(False, FLAG)
+    true_sequential: bool = option(False, FLAG)
+    quant_lm_head: bool = option(False, FLAG)
+    white_list: Any = option("*", LAYERS)
+
+    def method(self) -> GPTQ | None:
+        """`GPTQ`, or None for ``dtype="fp32"``."""
+        scheme = scheme_of(self)
+        if scheme is None:
+            return None
+        return GPTQ(
+            scheme,
+            act_order=self.act_order,
+            static_groups=self.static_groups,
+            hybrid_order=self.hybrid_order,
+            true_sequential=self.true_sequential,
+            percdamp=self.percdamp,
+            block_size=self.block_size,
+        )
+
+
+class HQQConfig(LayerConfig):
+    """HQQ (`adapterx.quant.hqq.HQQ`). Zero points are float, or with ``quant_zero`` of 256 values a layer."""
+
+    name: ClassVar[str] = "hqq"
+    priority: ClassVar[int] = 75
+
+    dtype: str = option("int", INT)
+    bits: int = option(4, BITS)
+    group_size: int = option(64, GROUP)
+    quant_zero: bool = option(True, FLAG)
+    quant_scale: bool = option(False, FLAG)
+    scale_quant_group_size: int = option(128, integer(1))
+    quant_lm_head: bool = option(False, FLAG)
+    white_list: Any = option("*", LAYERS)
+
+    def method(self) -> HQQ | None:
+        """`HQQ`, or None for ``dtype="fp32"``."""
+        scheme = scheme_of(self)
+        if scheme is None:
+            return None
+        return HQQ(
+            scheme,
+            quant_zero=self.quant_zero,
+            quant_scale=self.quant_scale,
+            scale_group=self.scale_quant_group_size,
+        )
