@@ -39,6 +39,7 @@ BOTTOM = frozenset(
         "merge_table",
         "weight_rows",
         "ahead",
+        "quantization_table",
     }
 )
 # The algebra of adapters lies beside their kinds: it knows no file, graph or runtime.

@@ -38,6 +38,12 @@ class BlockCodes:
     scales: Array
     zeros: Array | None
 
+    def values(self, bits: int) -> Array:
+        """What the codes of ``bits`` stand for, float32 ``[n, blocks * block]``."""
+        zeros = np.float32(1 << (bits - 1)) if self.zeros is None else self.zeros.astype(np.float32)[:, :, None]
+        values = (self.codes - zeros) * self.scales.astype(np.float32)[:, :, None]
+        return np.asarray(values.reshape(len(self.codes), -1))
+
 
 def finite(rows: Array, name: str) -> Array:
     """``rows`` in float32, none of them NaN or infinite.
@@ -137,8 +143,8 @@ def _hqq(groups: Array, bits: int) -> Grid:
         size = np.abs(rest)
         error = size.mean(axis=2, keepdims=True)
         better = error < least
-        kept = (np.where(better, new, old) for new, old in ((grid.scale, best.scale), (grid.zero, best.zero)))
-        least, best = np.where(better, error, least), Grid(*kept, 0, grid.high)
+        scale, zero = np.where(better, grid.scale, best.scale), np.where(better, grid.zero, best.zero)
+        least, best = np.where(better, error, least), Grid(scale, zero, 0, grid.high)
         aim = groups - np.sign(rest) * np.maximum(size - (size + _EPSILON) ** (_NORM - 1) / pull, 0)
         if bits == _FRACTIONAL_BITS:
             grid = dataclasses.replace(grid, zero=(codes - aim / grid.scale).mean(axis=2, keepdims=True))
@@ -152,7 +158,7 @@ def _hqq(groups: Array, bits: int) -> Grid:
 
 
 def flat_codes(rows: Array, method: Bnb4) -> tuple[Array, Array]:
-    """Blocks of the flat ``[N, K]``: codes packed, the first of two in the high half of a byte, and the largest by block.
+    """Blocks of the flat ``[N, K]``: codes, the first of two in the high half of a byte, and the largest by block.
 
     Returns:
         uint8 ``[ceil(N * K / 2)]`` and float32 ``[blocks]``.

@@ -71,11 +71,11 @@ def edits_of(model: ir.Model, planned: Sequence[Planned], values: Mapping[str, i
             for one in members:
                 _add_bias(model, one)
     roots = {values[name] for one in planned if one.base.weight for name in one.base.weight.tensors.values()}
-    _forget_unread(roots | {one.base.bias for one in planned if one.base.bias is not None})
+    forget_unread(roots | {one.base.bias for one in planned if one.base.bias is not None})
     return edits
 
 
-def _forget_unread(values: Iterable[ir.Value]) -> None:
+def forget_unread(values: Iterable[ir.Value]) -> None:
     """Initializers that nothing reads any more, because every reader got its own."""
     for value in values:
         graph = value.graph

@@ -129,7 +129,7 @@ def find(
         match = match_to_adapter(sites, left, exported, others={other.site.name for other in others.found})
         sites, left, absent = match.sites, match.left, match.absent
     if structural:
-        candidates = [branch for branch in left if _looks_like_adapter(branch)]
+        candidates = [branch for branch in left if looks_like_adapter(branch)]
         left = [branch for branch in left if branch not in candidates]
         sites += [(b, site_of(b, f"structural.{i}", "", "structure")) for i, b in enumerate(candidates)]
     unsupported = [
@@ -201,11 +201,12 @@ def _unnamed(sites: list[Pair], left: list[Branch]) -> list[str]:
         f"{branch.place}: {branch.a.d_in} -> {branch.rank} -> {branch.b.d_out}, like the sites that are named, but "
         "nothing names it; give the exported adapter (adapter=...)"
         for branch in left
-        if sites and _looks_like_adapter(branch) and (branch.rank in ranks or branch.scale != 1.0)
+        if sites and looks_like_adapter(branch) and (branch.rank in ranks or branch.scale != 1.0)
     ]
 
 
-def _looks_like_adapter(branch: Branch) -> bool:
+def looks_like_adapter(branch: Branch) -> bool:
+    """Whether a branch has the structure of an adapter, which a bottleneck of the base may have, too."""
     return branch.base_op is not None and branch.rank < min(branch.a.d_in, branch.b.d_out)
 
 
@@ -252,7 +253,7 @@ def _nothing(model: ir.Model, finding: Finding, where: str) -> str:
         f"no adapters in {where}: looked at {nodes} nodes for x -> A -> B beside a base operation, and at initializer "
         "names, exporter metadata and node paths for LoRA names"
     )
-    likely = [branch for branch in finding.left if _looks_like_adapter(branch)]
+    likely = [branch for branch in finding.left if looks_like_adapter(branch)]
     if finding.unsupported:
         shown = ", ".join(finding.unsupported[:5])
         text += f". Names speak of adapters that cannot be taken: {shown}"
