@@ -10,17 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 VOCABULARY = 1024
 # Tests repeat one another, and the tables of the encodings are numbers.
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"})
-HELD_OUT = 16  # one file of so many is only ever evaluated on
+# Of each 16 pieces of 4,096 tokens one is only ever evaluated on. Whole files would be of other subjects.
+PIECE, HELD_OUT = 4096, 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Corpus:
-    """Tokens ``int64 [count]`` that are trained on, and those of other files, that are not."""
+    """Tokens ``int64 [count]`` that are trained on, and others of the same files, that are not."""
 
     train: torch.Tensor
     held_out: torch.Tensor
@@ -48,26 +49,21 @@ def corpus(cache: Path) -> Corpus:
 
 def version() -> str:
     """What the tokens depend on, as the name of a file."""
-    return f"python-{platform.python_version()}-{VOCABULARY}"
+    return f"python-{platform.python_version()}-{VOCABULARY}-{PIECE}-{HELD_OUT}"
 
 
 def _tokens() -> dict[str, np.ndarray]:
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(root.rglob("*.py")) if not LEFT_OUT.intersection(path.relative_to(root).parts)]
     texts = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
-    shown = [text for index, text in enumerate(texts) if index % HELD_OUT]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        shown, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=sorted(alphabet), show_progress=False)
-    )
-    parts = {"train": shown, "held_out": texts[::HELD_OUT]}
-    return {
-        name: np.concatenate([np.array(encoded.ids, np.uint16) for encoded in tokenizer.encode_batch(part)])
-        for name, part in parts.items()
-    }
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokens = np.concatenate([np.array(encoded.ids, np.uint16) for encoded in tokenizer.encode_batch(texts)])
+    pieces = tokens[: len(tokens) // (PIECE * HELD_OUT) * PIECE * HELD_OUT].reshape(-1, HELD_OUT, PIECE)
+    return {"train": pieces[:, 1:].flatten(), "held_out": pieces[:, 0].flatten()}
 
 
 def _spread(tokens: torch.Tensor, count: int, length: int) -> torch.Tensor:

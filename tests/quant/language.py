@@ -50,7 +50,7 @@ class Recipe:
     inner: int = 384
     layers: int = 4
     heads: int = 4
-    matrix_lr: float = 0.02
+    matrix_lr: float = 0.01
     other_lr: float = 0.02
     seed: int = 0
 
