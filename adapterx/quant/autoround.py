@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from adapterx.errors import OptionError
 from adapterx.quant.affine import double_quantized, grouped, ungrouped
-from adapterx.quant.block_error import block_error, draws, finite_error
+from adapterx.quant.block_learning import Pace, agreed, learn
 from adapterx.quant.blocks import Block
 from adapterx.quant.linear import linear_weight
 from adapterx.quant.rtn import as_weight, finite
@@ -80,16 +80,11 @@ class _Rounding:
         codes = ungrouped(codes.clamp(0, 2**self.scheme.bits - 1), self.inputs).to(torch.uint8)
         return as_weight(codes, scales, zero, self.scheme, double=double)
 
-    @property
-    def learnt(self) -> tuple[Tensor, Tensor]:
-        return self.offset, self.reach
-
 
 def autoround(block: Block, layers: Mapping[str, AutoRound]) -> Mapping[str, QuantWeight]:
     """The layers of ``block``, their rounding learnt together. The block is left as it is.
 
-    Of the start, the step that looked best and the last one, that with the least error over all calls is kept: never
-    worse than round to nearest.
+    Its error on the calibration data is never larger than that of round to nearest.
 
     Raises:
         FeedError: NaN or infinity among the block's outputs
@@ -104,33 +99,23 @@ def autoround(block: Block, layers: Mapping[str, AutoRound]) -> Mapping[str, Qua
         >>> autoround(block, {"0": AutoRound(Scheme(bits=4, group_size=-1), iters=10)})["0"].bits
         4
     """
-    how = _agreed(layers)
+    how = agreed(layers)
     roundings = {name: _started(block, name, method.scheme) for name, method in layers.items()}
-    best, best_error = _copied(roundings), finite_error(block, _weights(roundings))
-    promising, promise = best, float("inf")
     lr = 1 / max(how.iters, 1) if how.lr is None else how.lr
-    minmax_lr = lr if how.minmax_lr is None else how.minmax_lr
-    learnt = [part for rounding in roundings.values() for part in rounding.learnt]
-    drawn = draws(block, how.batch_size, generator=torch.Generator().manual_seed(how.seed))
-    for step in range(how.iters):
-        with torch.enable_grad():
-            for part in learnt:
-                part.requires_grad_()
-            loss = block_error(block, _weights(roundings), next(drawn))
-            # An expert that no token was sent to has no gradient.
-            gradients = torch.autograd.grad(loss, learnt, materialize_grads=True)
-        for part in learnt:
-            part.requires_grad_(False)
-        if float(loss) < promise:
-            promising, promise = _copied(roundings), float(loss)
-        pace = 1 - step / how.iters
-        _step(roundings, gradients, lr * pace, minmax_lr * pace if how.tune_ranges else 0.0)
-    for candidate in (promising, _copied(roundings)):
-        _restore(roundings, candidate)
-        error = finite_error(block, _weights(roundings))
-        if error < best_error:
-            best, best_error = candidate, error
-    _restore(roundings, best)
+    minmax_lr = 0.0 if not how.tune_ranges else lr if how.minmax_lr is None else how.minmax_lr
+
+    def move(gradients: Sequence[Tensor], share: float) -> None:
+        for rounding, offset, reach in zip(roundings.values(), gradients[::2], gradients[1::2], strict=True):
+            rounding.offset.sub_(offset.sign(), alpha=lr * share).clamp_(-0.5, 0.5)
+            rounding.reach.sub_(reach.sign(), alpha=minmax_lr * share).clamp_(0, 1)
+
+    learn(
+        block,
+        [part for rounding in roundings.values() for part in (rounding.offset, rounding.reach)],
+        weights=lambda: {name: rounding.weight() for name, rounding in roundings.items()},
+        move=move,
+        pace=Pace(how.iters, how.batch_size, how.seed),
+    )
     return {name: rounding.quantized() for name, rounding in roundings.items()}
 
 
@@ -143,34 +128,3 @@ def _started(block: Block, name: str, scheme: Scheme) -> _Rounding:
     high = groups.amax(-1, keepdim=True).clamp(min=0)
     reach = torch.ones(2, *low.shape, device=weight.device)
     return _Rounding(groups, low, high, torch.zeros_like(groups), reach, scheme, weight.shape[1])
-
-
-def _step(roundings: Mapping[str, _Rounding], gradients: tuple[Tensor, ...], lr: float, minmax_lr: float) -> None:
-    pairs = zip(gradients[::2], gradients[1::2], strict=True)
-    for rounding, (offset, reach) in zip(roundings.values(), pairs, strict=True):
-        rounding.offset.sub_(offset.sign_(), alpha=lr).clamp_(-0.5, 0.5)
-        rounding.reach.sub_(reach.sign_(), alpha=minmax_lr).clamp_(0, 1)
-
-
-def _weights(roundings: Mapping[str, _Rounding]) -> dict[str, Tensor]:
-    return {name: rounding.weight() for name, rounding in roundings.items()}
-
-
-def _copied(roundings: Mapping[str, _Rounding]) -> list[Tensor]:
-    return [part.clone() for rounding in roundings.values() for part in rounding.learnt]
-
-
-def _restore(roundings: Mapping[str, _Rounding], kept: list[Tensor]) -> None:
-    for part, value in zip((part for r in roundings.values() for part in r.learnt), kept, strict=True):
-        part.copy_(value)
-
-
-def _agreed(layers: Mapping[str, AutoRound]) -> AutoRound:
-    """What the layers of a block say alike; only their schemes may differ."""
-    ways = {dataclasses.replace(method, scheme=Scheme()): name for name, method in layers.items()}
-    if len(ways) > 1:
-        raise OptionError(
-            f"layers of one block are learnt together, but {' and '.join(list(ways.values())[:2])} differ in more than "
-            f"their scheme; give them the same iters, lr, batch_size and seed"
-        )
-    return next(iter(ways))

@@ -1,0 +1,124 @@
+"""TEQ: a scale for each input of a layer, learnt so that the quantized block gives what the float block gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from adapterx.errors import OptionError
+from adapterx.quant.affine import grouped, ungrouped
+from adapterx.quant.block_learning import Pace, agreed, learn
+from adapterx.quant.blocks import Block
+from adapterx.quant.linear import linear_weight
+from adapterx.quant.rtn import RTN, finite, rtn
+from adapterx.quant.scheme import Scheme
+from adapterx.quant.sharing import shared_inputs
+from adapterx.quant.straight_through import grid_through, on_grid_through
+from adapterx.quant.weight import QuantWeight
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TEQ:
+    """Trainable equivalent transformation (Cheng et al., arXiv 2310.10944), block by block.
+
+    ``y = (x / s) @ Q(W * s).T``, and ``s``, one number an input, is learnt. In float nothing changes, whatever ``s``
+    is. Layers that read the same tensor share it, so that it can be folded into what produces that tensor.
+
+    Args:
+        scheme: integers only
+        steps: of AdamW, a block
+        lr: of the logarithm of ``s``, falling to 0 in a line
+        batch_size: rows a step; whole calibration calls are drawn until they hold so many
+        seed: of the draws
+    """
+
+    scheme: Scheme = dataclasses.field(default_factory=Scheme)
+    steps: int = 100
+    lr: float = 0.02
+    batch_size: int = 8
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.scheme.format != "int":
+            raise OptionError(f"TEQ learns scales for integers, not for {self.scheme.format!r}; RTN and AWQ know it")
+        if self.steps < 0 or self.batch_size < 1:
+            raise OptionError(f"steps={self.steps!r}, batch_size={self.batch_size!r}: expected at least 0 and 1")
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Scaled:
+    """The layers that read one tensor, float32 ``[N, K]`` each, and the logarithm ``[K]`` of what they are scaled by."""
+
+    weights: Mapping[str, Tensor]
+    schemes: Mapping[str, Scheme]
+    log_scale: Tensor
+
+    def fake(self) -> dict[str, Tensor]:
+        scale = self.log_scale.exp()
+        return {
+            name: _fake_quantized(weight * scale, self.schemes[name]) / scale for name, weight in self.weights.items()
+        }
+
+    def quantized(self) -> dict[str, QuantWeight]:
+        scale = self.log_scale.exp()
+        untouched = not bool(self.log_scale.any())
+        return {
+            name: dataclasses.replace(
+                rtn(weight * scale, RTN(self.schemes[name]), name=name), pre_scale=None if untouched else 1 / scale
+            )
+            for name, weight in self.weights.items()
+        }
+
+
+def teq(block: Block, layers: Mapping[str, TEQ]) -> Mapping[str, QuantWeight]:
+    """The layers of ``block``, rounded to nearest behind scales that are learnt together, each a ``pre_scale``.
+
+    The block is left as it is. Its error on the calibration data is never larger than without scales.
+
+    Raises:
+        FeedError: NaN or infinity among the block's outputs, or layers that no call reaches
+        ModelError: NaN or infinity among the weights
+        OptionError: layers of one block that want to be learnt in different ways
+    """
+    how = agreed(layers)
+    scaled = [_started(block, names, layers) for names in shared_inputs(block, layers)]
+    parameters = [each.log_scale for each in scaled]
+    optimizer = torch.optim.Adam(parameters, lr=how.lr)
+
+    def move(gradients: Sequence[Tensor], share: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = how.lr * share
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    learn(
+        block,
+        parameters,
+        weights=lambda: {name: weight for each in scaled for name, weight in each.fake().items()},
+        move=move,
+        pace=Pace(how.steps, how.batch_size, how.seed),
+    )
+    return {name: found for each in scaled for name, found in each.quantized().items()}
+
+
+def _started(block: Block, names: Sequence[str], layers: Mapping[str, TEQ]) -> _Scaled:
+    prefix = f"{block.name}." if block.name else ""
+    weights = {name: finite(linear_weight(block.module.get_submodule(name)), prefix + name) for name in names}
+    first = weights[names[0]]
+    return _Scaled(
+        weights, {name: layers[name].scheme for name in names}, torch.zeros(first.shape[1], device=first.device)
+    )
+
+
+def _fake_quantized(weight: Tensor, scheme: Scheme) -> Tensor:
+    group, _ = scheme.groups_of(weight.shape[1])
+    groups = grouped(weight, group)
+    low = groups.amin(-1, keepdim=True).clamp(max=0)
+    high = groups.amax(-1, keepdim=True).clamp(min=0)
+    scale, zero = grid_through(low, high, scheme)
+    return ungrouped(on_grid_through(groups, scale, zero, bits=scheme.bits), weight.shape[1])
