@@ -9,6 +9,7 @@ from torch import nn
 
 from adapterx.errors import MismatchError, ModelError
 from adapterx.quant.codebook import Rounding
+from adapterx.quant.frozen_weight import FrozenWeight
 from adapterx.quant.packing import pack, unpack
 from adapterx.quant.rounding import rounded
 from adapterx.quant.weight import Activation, DoubleScales, Output, Per, QuantWeight
@@ -123,8 +124,11 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """``[N, K]`` in ``compute_dtype``: what the layer's own inputs are multiplied by. A new tensor at each call."""
-        return self.quantized.dequantized().to(self.compute_dtype)
+        """``[N, K]`` in ``compute_dtype``: what the layer's own inputs are multiplied by.
+
+        A new tensor at each call, which refuses to be written into.
+        """
+        return self.quantized.dequantized().to(self.compute_dtype).as_subclass(FrozenWeight)
 
     @weight.setter
     def weight(self, value: object) -> None:

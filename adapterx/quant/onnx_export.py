@@ -94,7 +94,7 @@ def export(  # noqa: PLR0913 - options of one verb, all by name
     """Write ``model`` as ONNX; its `QuantLinear` layers become ONNX Runtime's quantized operators, without loss.
 
     PEFT's layers on top stay float, under their own names, so that `adapterx.find_sites` finds them. The model itself
-    is not changed; ``accuracy_level=4`` rounds inputs to int8 in the kernel, where ``exact=True`` gives torch's results.
+    is not changed; ``accuracy_level=4`` rounds inputs to int8 in the kernel; ``exact=True`` gives torch's results.
 
     Args:
         model: in evaluation mode while it is exported
