@@ -42,17 +42,17 @@ class INT8StaticQuantConfig(LayerConfig):
     name: ClassVar[str] = "static_quant"
     priority: ClassVar[int] = 0
 
-    w_dtype: str = option("int8", one_of("int8", KEEP))
-    w_sym: bool = option(True, FLAG)
-    w_granularity: str = option("per_channel", _GRANULARITY)
-    w_algo: str = option("minmax")
-    act_dtype: str = option("uint8", one_of("uint8", "int8", KEEP))
-    act_sym: bool = option(False, FLAG)
-    act_granularity: str = option("per_tensor")
-    act_algo: str = option("minmax")
-    excluded_precisions: Any = option([])
-    model_info: Any = option(None)
-    white_list: Any = option("*", LAYERS)
+    w_dtype: str = option(default="int8", rule=one_of("int8", KEEP))
+    w_sym: bool = option(default=True, rule=FLAG)
+    w_granularity: str = option(default="per_channel", rule=_GRANULARITY)
+    w_algo: str = option(default="minmax")
+    act_dtype: str = option(default="uint8", rule=one_of("uint8", "int8", KEEP))
+    act_sym: bool = option(default=False, rule=FLAG)
+    act_granularity: str = option(default="per_tensor")
+    act_algo: str = option(default="minmax")
+    excluded_precisions: Any = option(default=[])
+    model_info: Any = option(default=None)
+    white_list: Any = option(default="*", rule=LAYERS)
 
     def problems(self) -> list[str]:
         """Lists, and weights that stay float with inputs that do not."""
@@ -81,15 +81,15 @@ class DynamicQuantConfig(LayerConfig):
     name: ClassVar[str] = "pt2e_dynamic_quant"
     priority: ClassVar[int] = 0
 
-    w_dtype: str = option("int8", one_of("int8", KEEP))
-    w_sym: bool = option(True, FLAG)
-    w_granularity: str = option("per_tensor", _GRANULARITY)
-    w_algo: str = option("minmax")
-    act_dtype: str = option("uint8", one_of("uint8", "int8", KEEP))
-    act_sym: bool = option(False, FLAG)
-    act_granularity: str = option("per_tensor", one_of("per_tensor", "per_token"))
-    act_algo: str = option("kl", one_of("kl", "minmax"))
-    white_list: Any = option("*", LAYERS)
+    w_dtype: str = option(default="int8", rule=one_of("int8", KEEP))
+    w_sym: bool = option(default=True, rule=FLAG)
+    w_granularity: str = option(default="per_tensor", rule=_GRANULARITY)
+    w_algo: str = option(default="minmax")
+    act_dtype: str = option(default="uint8", rule=one_of("uint8", "int8", KEEP))
+    act_sym: bool = option(default=False, rule=FLAG)
+    act_granularity: str = option(default="per_tensor", rule=one_of("per_tensor", "per_token"))
+    act_algo: str = option(default="kl", rule=one_of("kl", "minmax"))
+    white_list: Any = option(default="*", rule=LAYERS)
 
     def problems(self) -> list[str]:
         """Lists, and weights that stay float with inputs that do not."""
@@ -131,15 +131,15 @@ class MXQuantConfig(LayerConfig):
     name: ClassVar[str] = "mx_quant"
     priority: ClassVar[int] = 0
 
-    w_dtype: str = option("int8", one_of(*_MX, *_FLOATS))
-    act_dtype: str = option("int8", one_of(*_MX, *_FLOATS))
-    out_dtype: str = option("bfloat16", one_of("bfloat16", "float16", "float32"))
-    blocksize: int = option(32, integer(1))
+    w_dtype: str = option(default="int8", rule=one_of(*_MX, *_FLOATS))
+    act_dtype: str = option(default="int8", rule=one_of(*_MX, *_FLOATS))
+    out_dtype: str = option(default="bfloat16", rule=one_of("bfloat16", "float16", "float32"))
+    blocksize: int = option(default=32, rule=integer(1))
     round_method: Literal["nearest", "dither", "floor", "even"] = option(
-        "nearest", one_of("nearest", "dither", "floor", "even")
+        default="nearest", rule=one_of("nearest", "dither", "floor", "even")
     )
-    weight_only: bool = option(False, FLAG)
-    white_list: Any = option("*", LAYERS)
+    weight_only: bool = option(default=False, rule=FLAG)
+    white_list: Any = option(default="*", rule=LAYERS)
 
     def problems(self) -> list[str]:
         """Lists, and float weights with rounded inputs."""
@@ -191,24 +191,24 @@ class FP8Config(LayerConfig):
     name: ClassVar[str] = "fp8_quant"
     priority: ClassVar[int] = 0
 
-    dump_stats_path: str = option("./hqt_output/measure")
-    fp8_config: str = option("E4M3", one_of("E4M3", "E5M2"))
-    hp_dtype: str = option("bf16", one_of("bf16", "fp16", "fp32"))
-    blocklist: Any = option({"names": [], "types": ()}, _LISTS)
-    allowlist: Any = option({"names": [], "types": _FP8_TYPES}, _LISTS)
-    mode: str = option("AUTO")
-    scale_method: str = option("maxabs_hw", one_of(*_SCALING))
-    scale_params: Any = option({})
-    observer: str = option("maxabs")
-    mod_dict: Any = option({})
-    measure_exclude: str = option("OUTPUT")
-    fake_quant: bool = option(False, ANY)
-    use_qdq: bool = option(False, ANY)
-    scale_format: str = option("scalar", ANY)
-    measure_on_hpu: bool = option(True, ANY)
-    white_list: Any = option("*", LAYERS)
+    dump_stats_path: str = option(default="./hqt_output/measure")
+    fp8_config: str = option(default="E4M3", rule=one_of("E4M3", "E5M2"))
+    hp_dtype: str = option(default="bf16", rule=one_of("bf16", "fp16", "fp32"))
+    blocklist: Any = option(default={"names": [], "types": ()}, rule=_LISTS)
+    allowlist: Any = option(default={"names": [], "types": _FP8_TYPES}, rule=_LISTS)
+    mode: str = option(default="AUTO")
+    scale_method: str = option(default="maxabs_hw", rule=one_of(*_SCALING))
+    scale_params: Any = option(default={})
+    observer: str = option(default="maxabs")
+    mod_dict: Any = option(default={})
+    measure_exclude: str = option(default="OUTPUT")
+    fake_quant: bool = option(default=False, rule=ANY)
+    use_qdq: bool = option(default=False, rule=ANY)
+    scale_format: str = option(default="scalar", rule=ANY)
+    measure_on_hpu: bool = option(default=True, rule=ANY)
+    white_list: Any = option(default="*", rule=LAYERS)
     activation: Literal["static", "tensor", "token"] | None = option(
-        "static", one_of("static", "tensor", "token", None)
+        default="static", rule=one_of("static", "tensor", "token", None)
     )
 
     def leaves(self, name: str, module: nn.Module) -> bool:
@@ -240,8 +240,8 @@ class MixedPrecisionConfig(LayerConfig):
     name: ClassVar[str] = "mixed_precision"
     priority: ClassVar[int] = 0
 
-    dtype: str = option("fp16", one_of(*_HALVES, KEEP))
-    white_list: Any = option("*", LAYERS)
+    dtype: str = option(default="fp16", rule=one_of(*_HALVES, KEEP))
+    white_list: Any = option(default="*", rule=LAYERS)
 
     def takes(self, module: nn.Module) -> bool:
         """Linear layers, and convolutions of one to three dimensions."""

@@ -71,7 +71,7 @@ def only(default: object, *, listed: bool = False) -> Rule:
     )
 
 
-def option(default: Any, rule: Rule | None = None) -> Any:
+def option(*, default: Any, rule: Rule | None = None) -> Any:
     """A field with its default and the values that it takes; without a rule only the default."""
     listed = isinstance(default, list | dict | tuple)
     metadata = {"rule": only(default, listed=listed) if rule is None else rule}

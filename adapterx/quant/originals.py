@@ -63,6 +63,17 @@ class Originals:
         self._undo.clear()
 
 
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[Originals]:
+    """Gives the model's `Originals`, which are put back after an error."""
+    originals = Originals(model)
+    try:
+        yield originals
+    except BaseException:
+        originals.put_back()
+        raise
+
+
 def _copy(held: torch.Tensor, before: torch.Tensor) -> None:
     with torch.no_grad():
         held.copy_(before)

@@ -25,8 +25,9 @@ from adapterx.quant.calibration import Calibration
 from adapterx.quant.config_mapping import method_mapping
 from adapterx.quant.configs import AnyConfig, as_config
 from adapterx.quant.dispatch import by_kind, check_layers, layer_by, needs_data
+from adapterx.quant.fake_quant import fake_layers
 from adapterx.quant.linear import as_quantized
-from adapterx.quant.originals import Originals
+from adapterx.quant.originals import Originals, restored
 
 QuantConfig = AnyConfig | Mapping[str, Any]
 _PREPARED = "adapterx_preparation"
@@ -75,7 +76,7 @@ def prepare(model: nn.Module, quant_config: QuantConfig, inplace: bool = True, e
 
 
 def convert(model: nn.Module, quant_config: QuantConfig | None = None, inplace: bool = True) -> nn.Module:
-    """Quantize a prepared model, or one that needs no calibration.
+    """Quantize a prepared model, one that needs no calibration, or one that `prepare_qat` made ready and was trained.
 
     A layer that needs data sees its block's inputs as the quantized blocks before it give them. Layers without data
     come first in each block.
@@ -95,6 +96,8 @@ def convert(model: nn.Module, quant_config: QuantConfig | None = None, inplace: 
         ModelError: what a method cannot quantize; the model is in float again, as it was, and no longer prepared
     """
     preparation = _preparation(model)
+    if preparation is None and quant_config is None and fake_layers(model):
+        return _frozen(model if inplace else copy.deepcopy(model))
     if preparation is None:
         if quant_config is None:
             raise OptionError(
@@ -160,12 +163,23 @@ def _done(model: nn.Module) -> nn.Module:
         if calibration is not None:
             calibration.require()
             calibration.detach()
-        with _restored(model) as originals, _evaluated(model):
+        with restored(model) as originals, _evaluated(model):
             _quantize_layers(originals, preparation.methods, calibration)
     finally:
         unprepare(model)
     _set(model, "is_quantized", True)
     _set(model, "quant_config", preparation.config)
+    bind_save(model)
+    return model
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """A model from `prepare_qat`, its layers as they were trained."""
+    with restored(model) as originals:
+        for name, layer in fake_layers(model).items():
+            originals.untie(name)
+            originals.replace(name, layer.frozen())
+    _set(model, "is_quantized", True)
     bind_save(model)
     return model
 
@@ -219,17 +233,6 @@ def _quantize_block(originals: Originals, block: Block, methods: Mapping[str, An
             found = function(block, layers)
         for name, quantized in found.items():
             originals.replace(prefix + name, as_quantized(block.module.get_submodule(name), quantized))
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[Originals]:
-    """Gives the model's `Originals`, which are put back after an error."""
-    originals = Originals(model)
-    try:
-        yield originals
-    except BaseException:
-        originals.put_back()
-        raise
 
 
 @contextlib.contextmanager
