@@ -19,7 +19,7 @@ from adapterx.graph.opset import raise_opset
 from adapterx.graph.quantize_plan import QuantizePlan, Wish, quantize_plan
 from adapterx.graph.quantized_weights import quantized_weights
 from adapterx.graph.save import save_model, staged
-from adapterx.graph.sites import label
+from adapterx.graph.sites import AdapterLike, label
 from adapterx.graph.stored import base_weight_of, weight_values
 from adapterx.graph.targets import Target
 from adapterx.graph.view import MICROSOFT
@@ -32,7 +32,7 @@ _QDQ_OPSET, _INT8_OPSET = 21, 13
 _IR_VERSION_OF_INT4 = 10
 
 
-def quantize_base(
+def quantize_base(  # noqa: PLR0913 - the options of the contract, all by name
     model: ModelLike,
     output: str | os.PathLike[str],
     *,
@@ -41,6 +41,7 @@ def quantize_base(
     head: bool = False,
     embeddings: bool = False,
     calibration: Iterable[Mapping[str, Array]] = (),
+    adapter: AdapterLike | None = None,
 ) -> Quantization:
     """Quantize the base of a model and nothing else: its linear layers, where no adapter has its own weights.
 
@@ -64,7 +65,9 @@ def quantize_base(
             name strongest
         head: quantize the layer that makes the logits, too
         embeddings: quantize tables of embeddings, too (4 or 8 bits, symmetric)
-        calibration: for ``static``: feeds by input name, one mapping a run
+        calibration: for ``static``: feeds by input name, one mapping a run. Ranges are those of the model as it is: of
+            an export with its adapter, of a model with ports without any
+        adapter: the adapter that was exported with the model, for one that lost its names (see :func:`find_sites`)
 
     Returns:
         The path, a row for each weight, and what stayed float and why; prints as a table.
@@ -86,7 +89,7 @@ def quantize_base(
     if source is not None and path.exists() and path.samefile(source):
         raise ModelError(f"{path} is the model itself; quantize into another file")
     manifest = manifest_of(loaded.metadata_props, where=where)
-    plan = _planned(loaded, Wish(chosen, layers or {}, head, embeddings), where)
+    plan = _planned(loaded, Wish(chosen, layers or {}, head, embeddings), where, adapter)
     ranges = _ranges(loaded, plan, calibration, manifest)
     _raise_opset(loaded, plan, where)
     location = None if manifest is None else manifest.location
@@ -106,13 +109,13 @@ def quantize_base(
     return Quantization(path, done.rows, plan.floats, adapters, done.notes)
 
 
-def _planned(model: ir.Model, wish: Wish, where: str) -> QuantizePlan:
+def _planned(model: ir.Model, wish: Wish, where: str, adapter: AdapterLike | None) -> QuantizePlan:
     """The plan; activations that were fused into what it names are nodes of their own then."""
-    plan = quantize_plan(model, wish, where=where)
+    plan = quantize_plan(model, wish, where=where, adapter=adapter)
     fused = [base.op for base, _ in plan.chosen if is_activated(base.op)]
     for op in fused:
         take_apart(op)
-    return quantize_plan(model, wish, where=where) if fused else plan
+    return quantize_plan(model, wish, where=where, adapter=adapter) if fused else plan
 
 
 def _ranges(

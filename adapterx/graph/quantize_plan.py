@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
 
 import onnx_ir as ir
 
 from adapterx.errors import ModelError, OptionError
+from adapterx.formats import load_adapter
 from adapterx.graph.base_methods import RTN, Method, StaticInt8
 from adapterx.graph.bases import Base, find_bases
-from adapterx.graph.branches import find_branches
+from adapterx.graph.branches import Branch, find_branches
 from adapterx.graph.claims import claims_of
 from adapterx.graph.operations import constant_behind, factor_of
 from adapterx.graph.other_kinds import find_others
 from adapterx.graph.paths import Paths
-from adapterx.graph.sites import looks_like_adapter
+from adapterx.graph.sites import AdapterLike, find, looks_like_adapter
 from adapterx.graph.targets import Modules, Target, is_head, modules_of, targeted
 from adapterx.graph.view import MICROSOFT, STANDARD, all_nodes, attribute, is_op
 from adapterx.quantization_table import FloatRow
@@ -23,6 +26,8 @@ from adapterx.quantization_table import FloatRow
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "TransposeMatMul")
 # Adapters that are added beside what the base gives, or multiply it. Those of other kinds are made of its weight.
 _BESIDE = frozenset({"lora", "ia3", "bias", "conv", "embedding", "prompt"})
+_COMMON = frozenset({"ia3", "prompt", "bias"})
+MAYBE: Final = "perhaps an adapter's, though nothing names one: give that (adapter=...), or name the layer in layers"
 _FLOATS = frozenset({"float32", "float16", "bfloat16"})
 _OF_TABLES = (4, 8)
 _SHOWN = 20
@@ -68,22 +73,30 @@ class _Adapters:
     Args:
         factors: nodes that multiply with its weights
         within: base operations that it is woven into -> why they stay
+        likely: operations that may be an adapter's, or have one in them, though nothing names it
         sites: how many places there are
     """
 
     factors: frozenset[ir.Node]
     within: Mapping[ir.Node, str]
+    likely: frozenset[ir.Node]
     sites: int
 
 
-def quantize_plan(model: ir.Model, wish: Wish, *, where: str) -> QuantizePlan:
+def quantize_plan(model: ir.Model, wish: Wish, *, where: str, adapter: AdapterLike | None = None) -> QuantizePlan:
     """What of ``model`` is quantized. Adapters in it are known by dataflow, as :func:`find_sites` knows them.
+
+    Args:
+        model: looked at
+        wish: what the caller wants
+        where: the model's name for messages
+        adapter: the one that was exported with it, if it is at hand
 
     Raises:
         ModelError: nothing can be quantized, or an exception names no module, or one that cannot be.
     """
     bases = find_bases(model)
-    adapters = _adapters(model)
+    adapters = _adapters(model, adapter, where)
     explicit = _explicit(bases, wish.layers, where)
     chosen: list[tuple[Base, Method]] = []
     floats: list[FloatRow] = []
@@ -91,7 +104,7 @@ def quantize_plan(model: ir.Model, wish: Wish, *, where: str) -> QuantizePlan:
     for base in bases:
         if base.op in adapters.factors:
             continue
-        method = explicit.get(base.op, _default(base, wish))
+        method = explicit.get(base.op, MAYBE if base.op in adapters.likely else _default(base, wish))
         reason = method if isinstance(method, str) else "as asked for" if method is None else ""
         cannot = adapters.within.get(base.op, "") or _cannot(base)
         if not cannot and isinstance(method, StaticInt8) and base.op.graph is not model.graph:
@@ -104,7 +117,7 @@ def quantize_plan(model: ir.Model, wish: Wish, *, where: str) -> QuantizePlan:
             floats.append(FloatRow(_name(base), base.op.op_type, cannot or reason))
     if faults:
         raise ModelError("\n".join([f"layers of {where} that cannot be quantized:", *dict.fromkeys(faults)]))
-    floats += _unknown(model, {base.op for base in bases} | adapters.factors)
+    floats += _unknown(model, {base.op for base in bases} | adapters.factors | adapters.likely)
     if not chosen:
         lines = [f"  {row.module} ({row.op}): {row.reason}" for row in floats[:_SHOWN]]
         raise ModelError("\n".join([f"nothing in {where} can be quantized", *lines]))
@@ -115,11 +128,16 @@ def _name(base: Base) -> str:
     return base.name or base.folded or base.op.name or str(base.op.outputs[0].name)
 
 
-def _adapters(model: ir.Model) -> _Adapters:
-    branches = [branch for branch in find_branches(model) if any(claims_of(branch)) or looks_like_adapter(branch)]
-    factors = {node for branch in branches for node in (branch.a.node, branch.b.node)}
+def _adapters(model: ir.Model, adapter: AdapterLike | None, where: str) -> _Adapters:
+    found = () if adapter is None else find(model, adapter=adapter, where=where).found
+    named = {branch.a.node for one in found for branch in one.branches}
+    branches = find_branches(model)
+    sure = [branch for branch in branches if branch.a.node in named or any(claims_of(branch))]
+    factors = _factors(sure)
+    likely = _factors(branch for branch in branches if looks_like_adapter(branch))
     within: dict[ir.Node, str] = {}
-    others = find_others(model, Paths.of(model))
+    exported = load_adapter(adapter) if isinstance(adapter, str | os.PathLike) else adapter
+    others = find_others(model, Paths.of(model), exported)
     for other in others.found:
         for place in other.places:
             factors.update(place.nodes)
@@ -128,9 +146,16 @@ def _adapters(model: ir.Model) -> _Adapters:
             within |= dict.fromkeys(
                 ops, f"its {other.site.kind} adapter is made of its weight; extract the adapter, then quantize"
             )
-    factors.update(node for place in others.left if place.kind in {"conv", "embedding"} for node in place.nodes)
-    joins = {branch.join for branch in branches}
-    return _Adapters(frozenset(factors - within.keys()), within, len(joins) + len(others.found))
+    for place in others.left:
+        # Without names every norm looks like (IA)3, and the constant of a mask like a prompt.
+        if place.kind not in _COMMON:
+            likely |= {*place.nodes, *([] if place.op is None else [place.op])}
+    sites = len({branch.join for branch in sure}) + len(others.found)
+    return _Adapters(frozenset(factors - within.keys()), within, frozenset(likely - factors), sites)
+
+
+def _factors(branches: Iterable[Branch]) -> set[ir.Node]:
+    return {node for branch in branches for node in (branch.a.node, branch.b.node)}
 
 
 def _explicit(

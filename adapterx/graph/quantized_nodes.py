@@ -222,8 +222,13 @@ def _finish(place: Place, nodes: Sequence[ir.Node]) -> None:
         for value in node.outputs:
             if value is not last and value.name is None:
                 value.name = f"{given.name}/{node.op_type}"
-    operands = list(place.op.inputs)
-    ir.convenience.replace_nodes_and_values(place.graph, place.op, [place.op], list(nodes), [given], [last])
+    graph, operands = place.graph, list(place.op.inputs)
+    ir.convenience.replace_nodes_and_values(graph, place.op, [place.op], list(nodes), [given], [last])
     makers = [value.producer() for value in operands if value is not None]
     drop_dead(node for node in makers if node is not None)
+    # A constant that is an input, too, may not be left as one that has to be fed.
+    inputs = [value for value in operands if value is not None and value.is_initializer() and value.is_graph_input()]
     forget_unread(value for value in operands if value is not None)
+    for value in inputs:
+        if not value.uses():
+            graph.inputs.remove(value)
