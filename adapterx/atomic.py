@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO
@@ -105,6 +105,57 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         raise
     _flush_folder(target.parent)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: str | os.PathLike[str], *, dropped: Collection[str] = ()) -> Iterator[Path]:
+    """A folder to write into, which takes the place of the folder ``path`` when the block ends without an error.
+
+    What else is in the old folder is carried over (as links where the file system has them, so nothing is copied); only
+    the names in ``dropped``, and what is written anew, are not.
+
+    Args:
+        path: a folder, or nothing; folders above it are made
+        dropped: names in the old folder that go with it
+
+    Raises:
+        OSError: there is a file at ``path``, or no permission. The old folder is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "cannot write a folder over a file", str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = target.parent / f".{target.name[:200]}.{secrets.token_hex(6)}.tmp"
+    old = stage.with_suffix(".old")
+    stage.mkdir()
+    try:
+        yield stage
+        if target.is_dir():
+            kept = (each for each in target.iterdir() if each.name not in dropped and not (stage / each.name).exists())
+            for each in sorted(kept):
+                if each.is_dir() and not each.is_symlink():
+                    shutil.copytree(each, stage / each.name, symlinks=True, copy_function=_linked)
+                else:
+                    _linked(str(each), str(stage / each.name))
+            target.rename(old)
+        try:
+            stage.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    _flush_folder(target.parent)
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _flush_folder(folder: Path) -> None:
