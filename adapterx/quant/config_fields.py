@@ -66,9 +66,13 @@ LAYERS = Rule(
 
 def only(default: object, *, listed: bool = False) -> Rule:
     """Nothing but the default: what else Neural Compressor has for the field is not implemented."""
-    return Rule(
-        lambda v: v == default and isinstance(v, bool) == isinstance(default, bool), f"only {default!r}", listed=listed
-    )
+
+    def holds(value: Any) -> bool:
+        # JSON knows no tuples.
+        plain = tuple(value) if isinstance(value, list) and isinstance(default, tuple) else value
+        return bool(plain == default) and isinstance(value, bool) == isinstance(default, bool)
+
+    return Rule(holds, f"only {default!r}", listed=listed)
 
 
 def option(*, default: Any, rule: Rule | None = None) -> Any:

@@ -11,7 +11,7 @@ from adapterx.quant.activation_configs import (
     StaticQuantConfig,
 )
 from adapterx.quant.layer_config import AnyConfig, ComposedConfig, LayerConfig, as_config
-from adapterx.quant.learned_configs import AutoRoundConfig
+from adapterx.quant.learned_configs import AutoRoundConfig, TEQConfig
 from adapterx.quant.weight_configs import GPTQConfig, HQQConfig, RTNConfig
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "MixedPrecisionConfig",
     "RTNConfig",
     "StaticQuantConfig",
+    "TEQConfig",
     "as_config",
 ]

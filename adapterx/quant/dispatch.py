@@ -22,6 +22,7 @@ from adapterx.quant.mx import MX, mx
 from adapterx.quant.rtn import RTN, rtn
 from adapterx.quant.scheme import Scheme
 from adapterx.quant.static import StaticInt8, static_int8
+from adapterx.quant.teq import TEQ, teq
 from adapterx.quant.weight import QuantWeight
 
 OfBlock = Callable[[Block, Mapping[str, Any]], Mapping[str, QuantWeight]]
@@ -35,6 +36,7 @@ _OF_WEIGHT: dict[type, Callable[..., QuantWeight]] = {
 }
 _OF_BLOCK: dict[type, OfBlock] = {
     GPTQ: gptq,
+    TEQ: teq,
     AutoRound: autoround,
     StaticInt8: static_int8,
     Float8: float8_static,

@@ -9,6 +9,7 @@ from adapterx.quant.autoround import AutoRound
 from adapterx.quant.config_fields import ANY, FLAG, LAYERS, Rule, integer, number, one_of, option
 from adapterx.quant.layer_config import LayerConfig
 from adapterx.quant.scheme import Scheme
+from adapterx.quant.teq import TEQ
 from adapterx.quant.weight_configs import KEEP, faultless
 
 _MAP = Rule(lambda v: isinstance(v, dict), "a dict", listed=True)
@@ -16,6 +17,44 @@ _WEIGHT_ONLY = re.compile(r"W([2348])A16(?:G(\d+))?")
 _SCHEME = Rule(
     lambda v: isinstance(v, str) and _WEIGHT_ONLY.fullmatch(v) is not None, "'W4A16', 'W2A16G64' and the like"
 )
+
+
+class TEQConfig(LayerConfig):
+    """TEQ (`adapterx.quant.teq.TEQ`).
+
+    Scales are learnt block by block from what the user's loop shows, so no training loop is needed. They stay in front
+    of their layers: ``folding`` is False by default, unlike in Neural Compressor, so that adapters see the same inputs.
+    """
+
+    name: ClassVar[str] = "teq"
+    priority: ClassVar[int] = 60
+
+    dtype: str = option(default="int", rule=INT)
+    bits: int = option(default=4, rule=BITS)
+    use_sym: bool = option(default=True, rule=FLAG)
+    group_size: int = option(default=32, rule=GROUP)
+    group_dim: int = option(default=1)
+    use_full_range: bool = option(default=False, rule=FLAG)
+    use_mse_search: bool = option(default=False)
+    use_layer_wise: bool = option(default=False, rule=ANY)
+    use_double_quant: bool = option(default=False, rule=FLAG)
+    double_quant_dtype: str = option(default="int")
+    double_quant_bits: int = option(default=8, rule=integer(2, 8))
+    double_quant_use_sym: bool = option(default=True, rule=FLAG)
+    double_quant_group_size: int = option(default=256, rule=integer(1))
+    quant_lm_head: bool = option(default=False, rule=FLAG)
+    absorb_to_layer: Any = option(default={})
+    folding: bool = option(default=False)
+    white_list: Any = option(default="*", rule=LAYERS)
+
+    def problems(self) -> list[str]:
+        """Lists, and a full range of what has none."""
+        return super().problems() + range_problems(self)
+
+    def method(self) -> TEQ | None:
+        """`TEQ`, or None for ``dtype="fp32"``."""
+        scheme = scheme_of(self)
+        return None if scheme is None else TEQ(scheme)
 
 
 class AutoRoundConfig(LayerConfig):

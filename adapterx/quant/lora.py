@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 _HARMLESS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-class QuantLoraLinear(Linear):  # type: ignore[misc]
+class QuantLoraLinear(Linear):
     """PEFT's LoRA on a `QuantLinear`: merging dequantizes, adds and rounds again, and unmerging brings back the codes.
 
     A merged layer is off by the rounding of its change, which at 4 bits can be more than the change itself; exported
@@ -72,7 +72,8 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         held = self.__dict__.get("_before")
         layer = self.get_base_layer() if held is None else held[0]
         assert isinstance(layer, QuantLinear), "this class is made for no other"
-        return layer.to(self.get_base_layer().qweight.device)
+        device: Any = self.get_base_layer().qweight.device
+        return layer.to(device)
 
     def _with_adapters(self, original: QuantLinear, names: list[str]) -> Tensor:
         base = original.quantized.dequantized()
@@ -82,7 +83,7 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
             if name not in getattr(self, "lora_variant", {}):
                 weight = weight + delta
             elif self.use_dora.get(name, False):
-                magnitude = self.lora_magnitude_vector[name]
+                magnitude: Any = self.lora_magnitude_vector[name]
                 norm = magnitude.get_weight_norm(base, delta, scaling=1).detach()
                 weight = (magnitude.weight.detach() / norm).unsqueeze(1) * (weight + delta)
             else:
@@ -93,7 +94,8 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         return weight
 
     def _bias_with(self, original: QuantLinear, names: list[str]) -> Tensor | None:
-        added = [self.lora_B[name].bias.detach() * self.scaling[name] for name in names if self.lora_bias[name]]
+        factors: Any = self.lora_B
+        added = [factors[name].bias.detach() * self.scaling[name] for name in names if self.lora_bias[name]]
         if not added:
             return original.bias
         zero = torch.zeros(original.out_features, device=original.qweight.device)

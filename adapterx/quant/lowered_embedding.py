@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ Tensor = torch.Tensor
 
 class LoweredEmbedding(nn.Module):
     """An ``nn.Embedding``, rounded to nearest, as the exporter sees it."""
+
+    product: Product
+    was: str
 
     def __init__(self, embedding: nn.Embedding, scheme: Scheme, *, name: str) -> None:
         super().__init__()
@@ -38,7 +42,7 @@ class LoweredEmbedding(nn.Module):
         self.register_buffer("qweight", pack(quantized.codes, width))
         self.register_buffer("scales", scales)
         self.register_buffer("qzeros", pack(zeros, width))
-        self.attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": width}
+        self.attributes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": width}
         self.product = Product(f"GatherBlockQuantized, {width} bits, block {block}", {}, lambda x, _: x)
         self.was = f"Embedding, {scheme.bits} bits, group {quantized.group}"
 

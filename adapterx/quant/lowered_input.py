@@ -26,6 +26,9 @@ _MINIFLOATS = {
     "float8_e4m3fnuz": (4, 3),
     "float8_e5m2fnuz": (5, 2),
 }
+# Bits behind the point.
+_FIXED = {"mxint8": 6, "mxint4": 2, "mxint2": 0}
+_ROUNDINGS = ("even", "nearest", "floor")
 _LOWEST, _HIGHEST = -127, 127  # exponents of MX's scales
 
 
@@ -35,22 +38,22 @@ def rounded_input(x: Tensor, activation: Activation) -> Tensor:
     Raises:
         ModelError: a format that has none
     """
-    if activation.rounding != "even":
-        raise ModelError(f"inputs rounded by {activation.rounding!r} have no ONNX form; those to the nearest have")
     if activation.format in ("int8", "uint8"):
         return _on_integers(x, activation)
-    if activation.format not in _MINIFLOATS and activation.format != "mxint8":
-        raise ModelError(f"inputs rounded to {activation.format!r} have no ONNX form; only their weights do")
+    if activation.format not in (*_MINIFLOATS, *_FIXED) or activation.rounding not in _ROUNDINGS:
+        raise ModelError(
+            f"inputs in {activation.format!r}, rounded by {activation.rounding!r}, have no ONNX form; only weights do"
+        )
     if activation.per == "static":
         assert activation.scale is not None, "a static activation has its scale"
-        return _on_values(x / activation.scale, activation.format) * activation.scale
+        return _on_values(x / activation.scale, activation) * activation.scale
     if activation.per != "block":
         scale = _scale(_largest(x, activation.per), activation.format)
-        return _on_values(x / scale, activation.format) * scale
+        return _on_values(x / scale, activation) * scale
     inputs, group = x.shape[-1], activation.group
-    blocks = pad(x, (0, -inputs % group)).unflatten(-1, (-1, group))
+    blocks = pad(x, (0, -inputs % group)).reshape(*x.shape[:-1], -(-inputs // group), group)
     scale = _scale(blocks.abs().amax(-1, keepdim=True), activation.format)
-    return (_on_values(blocks / scale, activation.format) * scale).flatten(-2)[..., :inputs]
+    return (_on_values(blocks / scale, activation) * scale).flatten(-2)[..., :inputs]
 
 
 def integers_of(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,21 +91,36 @@ def _above_zero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _on_values(x: Tensor, name: str) -> Tensor:
-    """The nearest values of format ``name``, ties to the even code."""
+def _on_values(x: Tensor, activation: Activation) -> Tensor:
+    """The nearest values of the format, as `codebook.codes_of` finds them."""
+    name = activation.format
     largest = FORMATS[name].largest
-    if name == "mxint8":
-        return (torch.round(x * 64) / 64).clamp(-2.0, largest)
+    if name in _FIXED:
+        step = torch.full_like(x, 2.0 ** -_FIXED[name])
+        lowest = -2.0 if activation.rounding == "even" else -largest  # one code further below zero than above
+    else:
+        lowest = -largest
+        step = _steps(x.abs().clamp(max=largest), name)
+    size = x.clamp(lowest, largest).abs() / step
+    match activation.rounding:
+        case "even":
+            whole = torch.round(size)
+        case "nearest":
+            whole = torch.floor(size + 0.5)
+        case _:
+            whole = torch.floor(size)
+    nearest = whole * step
+    return torch.where(x < 0, -nearest, nearest).clamp(lowest, largest)
+
+
+def _steps(magnitude: Tensor, name: str) -> Tensor:
+    """Between neighbours: it doubles from binade to binade, and a tie goes to the even multiple of it."""
     exponent, mantissa = _MINIFLOATS[name]
-    bias = 2 ** (exponent - 1) - 1 + name.endswith("fnuz")
-    lowest = 1 - bias
-    # The step doubles from binade to binade, and a tie goes to the even multiple of it.
-    magnitude = x.abs().clamp(max=largest)
-    step = torch.full_like(x, 2.0 ** (lowest - mantissa))
-    for binade in range(lowest + 1, math.floor(math.log2(largest)) + 1):
+    lowest = 2 - 2 ** (exponent - 1) - name.endswith("fnuz")
+    step = torch.full_like(magnitude, 2.0 ** (lowest - mantissa))
+    for binade in range(lowest + 1, math.floor(math.log2(FORMATS[name].largest)) + 1):
         step = torch.where(magnitude >= 2.0**binade, 2.0 ** (binade - mantissa), step)
-    nearest = (torch.round(magnitude / step) * step).clamp(max=largest)
-    return torch.where(x < 0, -nearest, nearest)
+    return step
 
 
 def _scale(absmax: Tensor, name: str) -> Tensor:

@@ -209,7 +209,7 @@ def _float_zeros(quantized: QuantWeight, lowering: Lowering) -> Product:
 
     def apply(x: Tensor, held: Tensors) -> Tensor:
         sums = pad(x, (0, padding)) if padding else x
-        sums = sums.unflatten(-1, (groups, group)).sum(-1)
+        sums = sums.reshape(*sums.shape[:-1], groups, group).sum(-1)
         return inner.apply(x, held) + torch.matmul(sums, held["zero_rest"])
 
     return Product(
@@ -242,7 +242,7 @@ def _bnb4(quantized: QuantWeight) -> Product:
 
     def apply(x: Tensor, held: Tensors) -> Tensor:
         x = pad(x, (0, padding)) if padding else x
-        operands = [x, held["qweight"], held["scales"]]
+        operands: list[Tensor | None] = [x, held["qweight"], held["scales"]]
         return _symbolic("com.microsoft::MatMulBnb4", operands, attributes, shape=(*x.shape[:-1], rows), version=1)
 
     return Product(f"MatMulBnb4 {quantized.format}, block {block}", tensors, apply)

@@ -45,6 +45,9 @@ def product_of(quantized: QuantWeight, lowering: Lowering) -> Product:
 class LoweredLinear(nn.Module):
     """A `QuantLinear` as the exporter sees it: constants under the layer's name, and operators over them."""
 
+    product: Product
+    was: str
+
     def __init__(self, layer: QuantLinear, lowering: Lowering) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features

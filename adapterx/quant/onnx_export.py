@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import nn
 
 from adapterx.errors import MissingDependency, ModelError
-from adapterx.quant.lowered_embedding import embeddings_lowered
+from adapterx.quant.lowered_embedding import LoweredEmbedding, embeddings_lowered
 from adapterx.quant.lowered_product import Format, Lowering
-from adapterx.quant.lowering import lowered
+from adapterx.quant.lowering import LoweredLinear, lowered
 from adapterx.quant.onnx_graph import finished
 from adapterx.quant.onnx_signature import Signature, signature_of
 from adapterx.quant.scheme import Scheme
@@ -125,7 +125,7 @@ def export(  # noqa: PLR0913 - options of one verb, all by name
         signature = signature_of(model, example_inputs=example_inputs, kv_cache=kv_cache, dynamic=dynamic)
         with lowered(model, lowering) as layers, embeddings_lowered(model, embeddings) as tables:
             traced = _traced(signature, opset)
-            made = {**layers, **tables}
+            made: dict[str, LoweredLinear | LoweredEmbedding] = {**layers, **tables}
             graph = finished(traced, signature, {name: layer.product for name, layer in made.items()})
     finally:
         model.train(training)

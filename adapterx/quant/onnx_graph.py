@@ -33,15 +33,16 @@ def finished(model: Any, signature: Signature, products: Mapping[str, Product]) 
         optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_should_fold)
         model = rewriter.rewrite(model)
     # Equal initializers are not merged here: every new adapter has zeros for all of its B, and each is its own.
-    for step in (
+    steps: list[Any] = [
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
-    ):
+    ]
+    for step in steps:
         step(model)
     _narrow(model, products, ir)
     _name_sizes(model, signature)

@@ -157,13 +157,12 @@ def _given(example: Any) -> Mapping[str, Tensor] | tuple[Tensor, ...]:
         return (example,)
     if isinstance(example, Mapping):
         inputs = {name: value for name, value in example.items() if value is not None}
-        odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     else:
-        inputs = tuple(example)
-        odd = [str(place) for place, value in enumerate(inputs) if not isinstance(value, Tensor)]
+        inputs = {str(place): value for place, value in enumerate(example)}
+    odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd or not inputs:
         raise FeedError(f"example_inputs has to hold tensors; {', '.join(odd) or 'it is empty'}")
-    return inputs
+    return inputs if isinstance(example, Mapping) else tuple(inputs.values())
 
 
 def _told(model: nn.Module) -> Mapping[str, Tensor]:

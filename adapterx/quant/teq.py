@@ -51,7 +51,7 @@ class TEQ:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Scaled:
-    """The layers that read one tensor, float32 ``[N, K]`` each, and the logarithm ``[K]`` of what they are scaled by."""
+    """The layers that read one tensor, float32 ``[N, K]`` each, and the logarithm ``[K]`` of their scale."""
 
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, Scheme]

@@ -26,6 +26,7 @@ from adapterx.quant.config_mapping import method_mapping
 from adapterx.quant.configs import AnyConfig, as_config
 from adapterx.quant.dispatch import by_kind, check_layers, layer_by, needs_data
 from adapterx.quant.fake_quant import fake_layers
+from adapterx.quant.fold import Fold
 from adapterx.quant.linear import as_quantized
 from adapterx.quant.originals import Originals, restored
 
@@ -88,7 +89,7 @@ def convert(model: nn.Module, quant_config: QuantConfig | None = None, inplace: 
 
     Returns:
         The model, with ``is_quantized``, ``quant_config`` and ``save(output_dir, format)``; a previous ``save`` is
-        ``orig_save``.
+        ``orig_save``. ``folds`` says which scales were moved into producers: `rebase_adapter` wants them.
 
     Raises:
         OptionError: no config, or another than the model was prepared with
@@ -164,11 +165,12 @@ def _done(model: nn.Module) -> nn.Module:
             calibration.require()
             calibration.detach()
         with restored(model) as originals, _evaluated(model):
-            _quantize_layers(originals, preparation.methods, calibration)
+            folds = _quantize_layers(originals, preparation.methods, calibration)
     finally:
         unprepare(model)
     _set(model, "is_quantized", True)
     _set(model, "quant_config", preparation.config)
+    _set(model, "folds", folds)
     bind_save(model)
     return model
 
@@ -197,7 +199,11 @@ def _save(model: nn.Module, output_dir: str | Path = "./saved_results", format: 
     save(model, output_dir=output_dir, format=format)
 
 
-def _quantize_layers(originals: Originals, methods: Mapping[str, Any], calibration: Calibration | None) -> None:
+def _quantize_layers(
+    originals: Originals, methods: Mapping[str, Any], calibration: Calibration | None
+) -> tuple[Fold, ...]:
+    """Quantize every layer; gives what was folded into producers, which adapters have to be carried over."""
+    folds: list[Fold] = []
     for name in methods:
         originals.untie(name)
     walked = [] if calibration is None else [n for n in methods if needs_data(methods[n]) or _in_chain(n, calibration)]
@@ -206,10 +212,12 @@ def _quantize_layers(originals: Originals, methods: Mapping[str, Any], calibrati
             for block, names in walk(calibration, walked):
                 prefix = f"{block.name}." if block.name else ""
                 _quantize_block(originals, block, {name: methods[prefix + name] for name in names})
+                folds += [fold.within(block.name) for fold in block.folds]
                 advance(len(names), functools.partial(_outcome, block))
         for name in [name for name in methods if name not in walked]:
             originals.replace(name, layer_by(originals.model.get_submodule(name), methods[name], name=name))
             advance(1, functools.partial(str, name))
+    return tuple(folds)
 
 
 def _in_chain(name: str, calibration: Calibration) -> bool:
