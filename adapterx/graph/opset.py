@@ -7,7 +7,8 @@ import onnx
 import onnx_ir as ir
 
 from adapterx.errors import ModelError
-from adapterx.graph.view import STANDARD, all_nodes
+from adapterx.graph.ports import equal_parts
+from adapterx.graph.view import STANDARD, all_nodes, attribute
 
 # From here on the operators that models are made of changed in what follows, and in nothing else.
 _SINCE = 13
@@ -28,7 +29,9 @@ def raise_opset(model: ir.Model, version: int, *, where: str) -> None:
     present = model.opset_imports.get("", 1)
     if present >= version:
         return
-    nodes = [node for node in all_nodes(model) if node.domain in STANDARD]
+    functions = [function for function in model.functions.values() if "" in function.opset_imports]
+    within = (node for function in functions for node in ir.traversal.RecursiveGraphIterator(function.graph))
+    nodes = [node for node in (*all_nodes(model), *within) if node.domain in STANDARD]
     strange = sorted({node.op_type for node in nodes if not _is_same(node, present, version)})
     if strange or present < _SINCE:
         met = ", ".join(strange[:_SHOWN]) or "operators"
@@ -40,8 +43,10 @@ def raise_opset(model: ir.Model, version: int, *, where: str) -> None:
         if "axes" in node.attributes and _takes_axes(node.op_type, version):
             _axes_as_input(node)
         elif node.op_type == "Split" and len(node.inputs) == 1 and "num_outputs" not in node.attributes:
-            node.attributes.add(ir.AttrInt64("num_outputs", len(node.outputs)))
+            _cut(model, node)
     model.opset_imports[""] = version
+    for function in functions:
+        function.opset_imports[""] = version
 
 
 def _is_same(node: ir.Node, present: int, version: int) -> bool:
@@ -62,6 +67,19 @@ def _is_same(node: ir.Node, present: int, version: int) -> bool:
 def _takes_axes(op_type: str, version: int) -> bool:
     """Whether the operator's axes are an input in that version."""
     return any(formal.name == "axes" for formal in onnx.defs.get_schema(op_type, version, "").inputs)
+
+
+def _cut(model: ir.Model, node: ir.Node) -> None:
+    """Say into how many parts; along the first axis by their sizes, since packed ports have no rows when not fed."""
+    graph, value = node.graph, node.inputs[0]
+    assert graph is not None and value is not None, "a node of the model"  # noqa: PT018
+    if attribute(node, "axis", 0) != 0 or graph is not model.graph:
+        node.attributes.add(ir.AttrInt64("num_outputs", len(node.outputs)))
+        return
+    sizes = equal_parts(model, value, len(node.outputs))
+    graph.insert_before(node, sizes)
+    node.resize_inputs(2)
+    node.replace_input_with(1, sizes[-1].outputs[0])
 
 
 def _axes_as_input(node: ir.Node) -> None:

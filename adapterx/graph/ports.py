@@ -115,7 +115,7 @@ def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options:
         return {pack.sites[0]: value}
     inputs, nodes = [value], []
     if model.opset_imports.get("", 1) >= 18:
-        nodes = _equal_parts(model, value, len(pack.sites))
+        nodes = equal_parts(model, value, len(pack.sites))
         inputs.append(nodes[-1].outputs[0])
     split = ir.node("Split", inputs, attributes={"axis": 0}, num_outputs=len(pack.sites), name=f"{pack.name}.split")
     for output, site in zip(split.outputs, pack.sites, strict=True):
@@ -126,7 +126,7 @@ def _packed(model: ir.Model, pack: Pack, sites: dict[str, AdapterSite], options:
     return dict(zip(pack.sites, split.outputs, strict=True))
 
 
-def _equal_parts(model: ir.Model, value: ir.Value, count: int) -> list[ir.Node]:
+def equal_parts(model: ir.Model, value: ir.Value, count: int) -> list[ir.Node]:
     """Nodes that compute the sizes of ``count`` equal parts.
 
     From opset 18 on Split wants sizes or ``num_outputs``, and ONNX Runtime refuses to cut zero rows by the latter.

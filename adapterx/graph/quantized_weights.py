@@ -34,6 +34,10 @@ from adapterx.progress import progress
 from adapterx.quantization_table import QuantizedRow
 
 Tensors: TypeAlias = tuple[ir.Value | None, ...]
+_BY_BATCH = (
+    "dynamic: activations have one range for the whole batch, so its rows round each other a little; "
+    "rtn with 8 bits has ranges by row"
+)
 # As much of a weight, as float32, as is worked on at a time.
 _BLOCK_BYTES = 16 << 20
 
@@ -115,7 +119,9 @@ def quantized_weights(
                 rows.append(_row(place, node, method, held[key], before=before, error=error))
             advance(before)
     kept = sorted({root.name for root, *_ in held if root.uses() and root.name})
-    notes = [f"{name} is in the file twice: something that stays float reads it too" for name in kept]
+    notes = [f"{name} is in the file twice: something that stays float reads it, too" for name in kept]
+    if any(isinstance(method, DynamicInt8) for _, method in plan.chosen):
+        notes.append(_BY_BATCH)
     return Quantized(tuple(rows), ops, tuple(notes))
 
 
