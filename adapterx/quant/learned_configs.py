@@ -10,7 +10,7 @@ from adapterx.quant.config_fields import ANY, FLAG, LAYERS, Rule, integer, numbe
 from adapterx.quant.layer_config import LayerConfig
 from adapterx.quant.scheme import Scheme
 from adapterx.quant.teq import TEQ
-from adapterx.quant.weight_configs import KEEP, faultless
+from adapterx.quant.weight_configs import BITS, GROUP, INT, KEEP, faultless, range_problems, scheme_of
 
 _MAP = Rule(lambda v: isinstance(v, dict), "a dict", listed=True)
 _WEIGHT_ONLY = re.compile(r"W([2348])A16(?:G(\d+))?")
