@@ -46,7 +46,7 @@ def save(
 ) -> None:
     """Write a quantized model into a folder, whole or not at all.
 
-    ``model.safetensors`` holds every tensor (shards and an index above ``shard_bytes``), ``quantization.json`` says of
+    ``quantized.safetensors`` holds every tensor (shards and an index above ``shard_bytes``), ``quantization.json`` says of
     each quantized layer how its codes are to be read, and where the model is one of transformers', ``config.json`` and
     ``generation_config.json`` make `load` work without the code that made it. Nothing is pickled. A folder with an
     earlier save is replaced; other files in it (a tokenizer) stay.

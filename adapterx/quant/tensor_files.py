@@ -25,7 +25,8 @@ from adapterx.progress import progress
 
 Tensor = torch.Tensor
 
-FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Not "model": transformers would open that, find no weight that it knows, and make up the quantized ones.
+STEM = "quantized"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SHARD_BYTES = 5 << 30
 # A model of 100 GB has headers of some MB; more is no model.
@@ -140,13 +141,13 @@ def write_tensor_files(
     total = sum(tensor.nbytes for tensor in tensors.values())
     with progress("saving", total) as advance:
         for number, shard in enumerate(shards, 1):
-            name = FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            name = f"{STEM}.safetensors" if len(shards) == 1 else _shard(number, len(shards))
             atomic_write(folder / name, _pieces(shard, metadata, advance))
     if len(shards) > 1:
-        files = (f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1))
+        files = (_shard(number, len(shards)) for number in range(1, len(shards) + 1))
         placed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": placed}
-        atomic_write(folder / INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
+        atomic_write(folder / f"{STEM}.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True).encode())
 
 
 def _bytes_of(data: Tensor) -> memoryview:
@@ -156,6 +157,10 @@ def _bytes_of(data: Tensor) -> memoryview:
 
 
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+def _shard(number: int, count: int) -> str:
+    return f"{STEM}-{number:05}-of-{count:05}.safetensors"
 
 
 def _shards(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]:
