@@ -126,7 +126,7 @@ def table(name: str) -> torch.Tensor:
 
 def nearest(values: torch.Tensor, name: str) -> torch.Tensor:
     """Codes, uint8, of the table's values nearest to ``values``; a tie goes to the even code (IEEE 754), too large a
-    value to the largest.
+    value to the largest, with its sign: the one more that integers have below zero is left unused, as in microxcaling.
 
     Example:
         >>> nearest(torch.tensor([0.0, 2.6, -99.0]), "mxfp4").tolist()
@@ -134,7 +134,8 @@ def nearest(values: torch.Tensor, name: str) -> torch.Tensor:
     """
     numbers, codes, even = (part.to(values.device) for part in _sorted_table(name))
     middles = (numbers[1:] + numbers[:-1]) / 2
-    wide = values.to(torch.float64)
+    largest = FORMATS[name].largest
+    wide = values.to(torch.float64).clamp(-largest, largest)
     index = torch.bucketize(wide, middles)
     # bucketize puts a tie below; where the code below is odd and the one above even, it belongs above.
     above = torch.clamp(index + 1, max=len(numbers) - 1)
@@ -155,7 +156,6 @@ def codes_of(values: torch.Tensor, name: str, rounding: Rounding = "even") -> to
     if rounding == "even":
         return nearest(values, name)
     steps = table(name).to(values.device)
-    # Integers reach one further below zero than above; that code is left unused, as in microxcaling.
     steps = torch.unique(steps[torch.isfinite(steps) & (steps >= 0)])
     size = values.abs().clamp(max=float(steps[-1]))
     below = torch.bucketize(size, steps, right=True) - 1

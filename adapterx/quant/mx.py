@@ -25,9 +25,8 @@ class MX:
         format: of the weights: "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "mxint8", ...
         activation: of the inputs; None leaves them
         block: elements along the inputs that share a power of two
-        rounding: "even" and "nearest" differ in ties, which "nearest" takes away from zero (those of inputs go to even
-            all the same, as runtimes have it); "floor" is towards zero; "dither" is up or down by chance, with a seed
-            of its own. Inputs by "floor" or "dither" have no ONNX form
+        rounding: "even" and "nearest" differ in ties, which "nearest" takes away from zero; "floor" is towards zero;
+            "dither" is up or down by chance, with a seed of its own
         output: what results are rounded to; None leaves them
 
     Raises:
@@ -63,8 +62,7 @@ def mx(weight: Tensor, method: MX, *, name: str = "a layer") -> QuantWeight:
     codes = codes_of(groups / scale, method.format, method.rounding)
     activation = None
     if method.activation is not None:
-        rounding = "even" if method.rounding == "nearest" else method.rounding
-        activation = Activation(format=method.activation, per="block", group=method.block, rounding=rounding)
+        activation = Activation(format=method.activation, per="block", group=method.block, rounding=method.rounding)
     return QuantWeight(
         codes=ungrouped(codes, weight.shape[1]),
         scales=scale.squeeze(-1),

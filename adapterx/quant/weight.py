@@ -26,7 +26,7 @@ class Activation:
         scale: float32 scalar, static only
         zero: integer scalar in the range of ``format``, static only; None is 0
         group: inputs of a block
-        rounding: to codes of a table; "floor" and "dither" have no ONNX form
+        rounding: to codes of a table; "dither" has no ONNX form
     """
 
     format: str = "int8"

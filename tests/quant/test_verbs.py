@@ -205,7 +205,7 @@ def test_every_dtype_is_near_and_the_same_twice(dtype):
     model = llama()
     reference = logits(model)
     one, two = (quantize(model, RTNConfig(dtype=dtype), inplace=False) for _ in range(2))
-    assert 0 < error(one, reference) < 0.02
+    assert 0 < error(one, reference) < 0.03
     assert same(one, two)
 
 
