@@ -24,7 +24,7 @@ class _OnGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, offset: Tensor | None, top: int) -> Tensor:
         wide = x / scale
-        rounded = (wide if offset is None else wide + offset).round_().add_(zero)
+        rounded = torch.round(wide if offset is None else wide + offset).add_(zero)
         levels = rounded.clamp(0, top)
         inside = levels == rounded
         levels = levels.sub_(zero)
@@ -48,6 +48,18 @@ class _OnGrid(torch.autograd.Function):
         return for_x, for_scale, for_zero, for_offset, None
 
 
+class _Rounded(torch.autograd.Function):
+    """``round(x)``, exactly: ``x + (round(x) - x).detach()`` would be off by a bit, and its code by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - the signature is torch's
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        return grads[0]
+
+
 def on_grid_through(groups: Tensor, scale: Tensor, zero: Tensor, *, bits: int, offset: Tensor | None = None) -> Tensor:
     """``groups`` ``[N, G, group]`` as they are when quantized on the grid ``[N, G, 1]``, with gradients for all four.
 
@@ -68,5 +80,5 @@ def grid_through(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Ten
     scale, zero = grid_between(low, high, scheme)
     if scheme.symmetric:
         return scale, zero.detach()
-    soft = -low / scale
-    return scale, zero.detach() + soft - soft.detach()
+    whole: Tensor = _Rounded.apply(-low / scale)  # type: ignore[no-untyped-call]
+    return scale, whole
