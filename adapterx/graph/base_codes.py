@@ -75,7 +75,8 @@ def block_codes(rows: Array, method: Blocks, *, stored: np.dtype[np.generic]) ->
 
 def _in_blocks(codes: Array, grid: Grid, group: int, method: Blocks, stored: np.dtype[np.generic]) -> BlockCodes:
     """Codes ``[n, K]`` with a scale a group, written in blocks of the graph: scales are repeated, the end is zero."""
-    width, block = codes.shape[1], block_in_graph(method.block_size)
+    width = codes.shape[1]
+    block = block_in_graph(method.block_size, width)
     first = np.arange(-(-width // block)) * block // group
     scales, zeros = (part[:, :, 0, 0][:, first] for part in (grid.scale, grid.zero))
     blocks = np.repeat(np.rint(zeros).astype(np.uint8)[:, :, None], block, axis=2)

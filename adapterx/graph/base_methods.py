@@ -172,14 +172,18 @@ def method_named(name: str, **options: object) -> Method:
     return kind(**given)  # type: ignore[arg-type]  # each class checks its own
 
 
-def block_in_graph(group: int) -> int:
-    """The block of MatMulNBits in which groups of ``group`` weights are written, their scales repeated.
+def block_in_graph(group: int, width: int) -> int:
+    """The block of MatMulNBits for groups of ``group`` among ``width`` weights, whose scales are repeated.
 
     Example:
-        >>> block_in_graph(48), block_in_graph(-1)
-        (16, 256)
+        >>> block_in_graph(48, 2048), block_in_graph(-1, 2048), block_in_graph(-1, 40)
+        (16, 256, 64)
     """
-    return _LARGEST_BLOCK if group == _ROW else min(group & -group, _LARGEST_BLOCK)
+    block = _LARGEST_BLOCK if group == _ROW else min(group & -group, _LARGEST_BLOCK)
+    # One block holds the whole row, which a smaller one does as well.
+    while block // 2 >= max(_LEAST_BLOCK, width):
+        block //= 2
+    return block
 
 
 def _check(method: object, bits: int, block_size: int, accuracy_level: int) -> None:

@@ -80,7 +80,7 @@ def put_blocks(place: Place, method: Blocks, tensors: Sequence[ir.Value | None])
         "K": place.d_in,
         "N": place.d_out,
         "bits": method.bits,
-        "block_size": block_in_graph(method.block_size),
+        "block_size": block_in_graph(method.block_size, place.d_in),
     }
     # ONNX Runtime multiplies fractional zero points exactly, whatever level is asked for.
     if method.accuracy_level and not (isinstance(method, HQQ) and method.bits == 4):

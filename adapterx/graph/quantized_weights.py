@@ -322,7 +322,8 @@ def _put(
             x = place.op.inputs[0]
             assert x is not None, "a product has its operand"
             return put_static(place, _present(tensors), _present(grids[str(x.name)]), quantizers)
-    block = block_in_graph(method.block_size)
+    width = base.d_out if base.kind == "embedding" else base.d_in
+    block = block_in_graph(method.block_size, width)
     if base.kind == "embedding":
         return put_lookup(place, method.bits, block, tensors)
     if not isinstance(method, HQQ) and method.format == "qdq":
