@@ -20,7 +20,7 @@ from adapterx.quant.levels import Levels, levels_of
 from adapterx.quant.linear import linear_weight, write_weight
 from adapterx.quant.rtn import finite
 from adapterx.quant.scheme import Scheme
-from adapterx.quant.sharing import second_moments, shared_inputs
+from adapterx.quant.sharing import inputs_of
 from adapterx.quant.weight import QuantWeight
 
 Tensor = torch.Tensor
@@ -73,18 +73,18 @@ def gptq(block: Block, layers: Mapping[str, GPTQ]) -> Mapping[str, QuantWeight]:
         ModelError: weights or inputs that are not finite; a moment that no damping makes positive
         OptionError: a group that does not fit
     """
-    shared = shared_inputs(block, layers)
+    found = inputs_of(block, layers)
     results: dict[str, QuantWeight] = {}
     sequential = any(method.true_sequential for method in layers.values())
-    for stage in [[names] for names in shared] if sequential else [shared]:
-        moments = second_moments(block, stage)
-        for name, moment in moments.items():
+    for stage, names in enumerate(found.shared):
+        # Layers before the first one of a block have not changed what it reads.
+        moments = inputs_of(block, names).moments if sequential and stage else found.moments
+        for name in names:
             layer = block.module.get_submodule(name)
             full = f"{block.name}.{name}" if block.name else name
-            results[name] = solved(linear_weight(layer), moment, layers[name], name=full)
+            results[name] = solved(linear_weight(layer), moments[name], layers[name], name=full)
             if sequential:
-                with torch.no_grad():
-                    write_weight(layer, results[name].dequantized())
+                write_weight(layer, results[name].dequantized())
     return {name: results[name] for name in layers}
 
 

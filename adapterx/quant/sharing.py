@@ -1,8 +1,9 @@
-"""Which layers of a block read the same tensor, and what they read: found by running the block, not by names."""
+"""What the layers of a block read, and which read the same tensor: found by running the block, not by names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -12,69 +13,93 @@ from adapterx.quant.blocks import Block
 Tensor = torch.Tensor
 
 
-def shared_inputs(block: Block, names: Iterable[str]) -> list[list[str]]:
-    """``names`` in lists of those that read one tensor, in the order in which the block comes to them.
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """Of the layers of a block, over all its calls.
 
-    Example: ``[["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]``.
+    Args:
+        shared: names in lists of those that read one tensor, in the order in which the block comes to them, for example
+            ``[["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]``
+        moments: ``mean(x.T @ x)`` by name, float32 ``[K, K]``
+        sizes: ``mean(|x|)`` by name, float32 ``[K]``
+    """
+
+    shared: list[list[str]]
+    moments: Mapping[str, Tensor]
+    sizes: Mapping[str, Tensor]
+
+
+def inputs_of(block: Block, names: Iterable[str]) -> Inputs:
+    """What the layers ``names`` of ``block`` read, from one run over its calls.
 
     Raises:
         FeedError: layers that no call of the block reaches
+        ModelError: NaN or infinity among the inputs
     """
     names = list(names)
-    met: dict[str, list[int]] = {}
-    last: list[Tensor] = []
-    serial = 0
+    sums: dict[str, _Sum] = {}
+    last = _Last()
 
     def sink_of(name: str) -> Callable[[Tensor], None]:
         def sink(x: Tensor) -> None:
-            nonlocal serial
-            # The tensor is held until the next one comes, so its identity cannot be given to another.
-            if not last or last[0] is not x:
-                last[:], serial = [x], serial + 1
-            met.setdefault(name, []).append(serial)
+            last.take(x)
+            sums.setdefault(name, _Sum()).add(last)
 
         return sink
 
     block.watch({name: sink_of(name) for name in names})
-    _require(block, names, met)
+    _require(block, names, sums)
     lists: dict[tuple[int, ...], list[str]] = {}
-    for name in met:
-        lists.setdefault(tuple(met[name]), []).append(name)
-    return list(lists.values())
-
-
-def second_moments(block: Block, shared: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-    """``mean(x.T @ x)``, float32 ``[K, K]``, of the inputs of each layer, one tensor for each list of ``shared``.
-
-    Raises:
-        ModelError: NaN or infinity among the inputs
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def sink_of(name: str) -> Callable[[Tensor], None]:
-        def sink(x: Tensor) -> None:
-            rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-            if name not in sums:
-                sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-            sums[name].addmm_(rows.T, rows)
-            counts[name] = counts.get(name, 0) + len(rows)
-
-        return sink
-
-    block.watch({names[0]: sink_of(names[0]) for names in shared})
-    moments = {}
-    for names in shared:
-        moment = sums[names[0]].div_(max(counts[names[0]], 1))
-        if not bool(torch.isfinite(moment).all()):
+    for name, found in sums.items():
+        lists.setdefault(tuple(found.serials), []).append(name)
+        if not bool(torch.isfinite(found.moment).all()):
             raise ModelError(
-                f"{_full(block, names[0])}: calibration gives it inputs that are NaN, infinite or too large to square"
+                f"{_full(block, name)}: calibration gives it inputs that are NaN, infinite or too large to square"
             )
-        moments.update(dict.fromkeys(names, moment))
-    return moments
+    means = {name: (found.moment / max(found.rows, 1), found.size / max(found.rows, 1)) for name, found in sums.items()}
+    return Inputs(
+        shared=list(lists.values()),
+        moments={name: moment for name, (moment, _) in means.items()},
+        sizes={name: size for name, (_, size) in means.items()},
+    )
 
 
-def _require(block: Block, names: Sequence[str], met: Iterable[str]) -> None:
+def shared_inputs(block: Block, names: Iterable[str]) -> list[list[str]]:
+    """`Inputs.shared` alone; errors as of `inputs_of`."""
+    return inputs_of(block, names).shared
+
+
+class _Last:
+    """The tensor that was read last, and its sums. It is held, so that no other can take its place in memory."""
+
+    def __init__(self) -> None:
+        self.serial = self.rows = 0
+        self.x: Tensor | None = None
+
+    def take(self, x: Tensor) -> None:
+        if x is self.x:
+            return
+        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
+        self.x, self.serial, self.rows = x, self.serial + 1, len(rows)
+        self.product, self.size = rows.T @ rows, rows.abs().sum(0)
+
+
+class _Sum:
+    """Over all that one layer read."""
+
+    def __init__(self) -> None:
+        self.serials: list[int] = []
+        self.rows = 0
+
+    def add(self, last: _Last) -> None:
+        first = not self.serials
+        self.moment = last.product.clone() if first else self.moment.add_(last.product)
+        self.size = last.size.clone() if first else self.size.add_(last.size)
+        self.serials.append(last.serial)
+        self.rows += last.rows
+
+
+def _require(block: Block, names: Iterable[str], met: Iterable[str]) -> None:
     missed = [_full(block, name) for name in names if name not in set(met)]
     if missed:
         raise FeedError(
