@@ -46,6 +46,7 @@ class Base:
             since what an adapter of the module adds would have to be normalized, too
         pure: ``output`` is the product and the bias, nothing on top. A fused operation gives an activation, or a sum
             with something else, and has to be taken apart before anything can be added
+        columns: constants that scale or order the columns of ``x`` before the weight meets them
     """
 
     name: str
@@ -62,6 +63,7 @@ class Base:
     weight: BaseWeight | None
     folded: str = ""
     pure: bool = True
+    columns: tuple[ir.Value, ...] = ()
 
 
 def find_bases(model: ir.Model, paths: Paths | None = None) -> list[Base]:
@@ -111,6 +113,7 @@ def _base(candidate: Candidate, result: _Result, name: Name, folded: str) -> Bas
         weight=base_weight_of(candidate.node),
         folded=folded,
         pure=step.pure,
+        columns=step.columns,
     )
 
 

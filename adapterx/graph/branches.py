@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from adapterx.graph.operations import factor_of
+from adapterx.graph.operations import factor_of, rearranged
 from adapterx.graph.quantized_linear import any_linear
 from adapterx.graph.view import (
     MICROSOFT,
@@ -228,7 +228,7 @@ def _base_operation(join: _Join, x: ir.Value, heads: set[ir.Node]) -> ir.Node | 
             continue
         seen.add(node)
         operands = [value for value in node.inputs if value is not None]
-        if _computes(node) and any(source(value) is x for value in operands):
+        if _computes(node) and any(source(rearranged(value)[0]) is x for value in operands):
             return node
         for value in operands:
             queue.extend(_producers(value))
@@ -244,5 +244,7 @@ def _producers(value: ir.Value) -> Iterator[ir.Node]:
 def _computes(node: ir.Node) -> bool:
     """Whether a node has weights or works on two operands, and so can be what an adapter sits beside."""
     if is_op(node, *QUANTIZERS, domain=(*STANDARD, MICROSOFT)):
+        return False
+    if is_op(node, "Gather") and rearranged(node.outputs[0])[1]:
         return False
     return not is_op(node, *SAME_VALUE, *SAME_ROWS, "Transpose", "Add", "Mul", "Div", "Shape")

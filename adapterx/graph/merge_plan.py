@@ -197,6 +197,7 @@ def _merger(base: Base, change: LowRank, values: Mapping[str, ir.Value], request
         )
     tensor = tensor_reader(values)
     bias = _bias(base)
+    change = _among_columns(base, change)
     done = merger(
         change,
         (ref.d_in, ref.d_out),
@@ -215,6 +216,19 @@ def _merger(base: Base, change: LowRank, values: Mapping[str, ir.Value], request
     if ref.quantized:
         raise ValueError("its weight is quantized; what rounding took away cannot be undone. Keep the base model")
     return done.undone()
+
+
+def _among_columns(base: Base, change: LowRank) -> LowRank:
+    """The change beside the stored weight, whose columns the graph scales or puts in order first."""
+    if base.columns and change.parts:
+        raise ValueError("its inputs are scaled or put in order before its weight; only plain LoRA can be merged there")
+    a = change.a
+    for value in base.columns:
+        tensor = ir.convenience.get_const_tensor(value)
+        assert tensor is not None, "columns are constants"
+        held = read(tensor)
+        a = a[:, held] if np.issubdtype(held.dtype, np.integer) else a / held
+    return dataclasses.replace(change, a=np.ascontiguousarray(a)) if base.columns else change
 
 
 def _bias_dtype(base: Base) -> str:

@@ -34,6 +34,7 @@ class Operation:
         bias: a constant that the node itself adds, or ``None``
         integer: gives integers, to be multiplied with scales afterwards
         pure: gives the product and that bias, nothing on top (an activation, a sum with what depends on the run)
+        columns: constants by which the operand's columns are multiplied or put in order after ``x``, in that order
     """
 
     kind: Kind
@@ -45,6 +46,7 @@ class Operation:
     bias: ir.Value | None = None
     integer: bool = False
     pure: bool = True
+    columns: tuple[ir.Value, ...] = ()
 
     @property
     def root(self) -> ir.Value:
@@ -153,8 +155,30 @@ def _operation(
     if bias is not None and not _behind(bias) and is_zero(bias):
         bias = None
     fixed = bias is None or bool(_behind(bias))
-    floats = x if kind == "embedding" else _floats(x)
-    return Operation(kind, floats, weight, *sizes, bias=bias if fixed else None, pure=fixed)
+    floats, columns = (x, ()) if kind == "embedding" else rearranged(_floats(x))
+    return Operation(kind, floats, weight, *sizes, bias=bias if fixed else None, pure=fixed, columns=columns)
+
+
+def rearranged(value: ir.Value) -> tuple[ir.Value, tuple[ir.Value, ...]]:
+    """What ``value`` is of, where a quantized layer scales or orders its inputs first, and the constants by which.
+
+    Those are the weight's (AWQ's scales, GPTQ's act_order), so an adapter reads what is above them. By name: a norm
+    multiplies by a vector too, and adapters read what is below that.
+    """
+    columns: list[ir.Value] = []
+    while (node := value.producer()) is not None and node.outputs[0] is value:
+        scales = is_op(node, "Mul")
+        if not (scales or is_op(node, "Gather")) or None in node.inputs:
+            break
+        suffix, operands = (".pre_scale", list(node.inputs)) if scales else (".order", [node.inputs[1], node.inputs[0]])
+        named = [one for one in operands if one is not None and one.const_value is not None]
+        named = [one for one in named if (one.name or "").endswith(suffix)]
+        above = next((one for one in operands if one is not None and one not in named), None)
+        if len(named) != 1 or above is None or (not scales and node.inputs[1] is not named[0]):
+            break
+        columns.insert(0, named[0])
+        value = above
+    return value, tuple(columns)
 
 
 def _floats(value: ir.Value) -> ir.Value:

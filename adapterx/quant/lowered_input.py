@@ -95,13 +95,11 @@ def _on_values(x: Tensor, activation: Activation) -> Tensor:
     """The nearest values of the format, as `codebook.codes_of` finds them."""
     name = activation.format
     largest = FORMATS[name].largest
-    if name in _FIXED:
-        step = torch.full_like(x, 2.0 ** -_FIXED[name])
-        lowest = -2.0 if activation.rounding == "even" else -largest  # one code further below zero than above
-    else:
-        lowest = -largest
-        step = _steps(x.abs().clamp(max=largest), name)
-    size = x.clamp(lowest, largest).abs() / step
+    # Integers reach one code further below zero than above.
+    lowest = -2.0 if name in _FIXED and activation.rounding == "even" else -largest
+    fixed = name in _FIXED
+    step = torch.full_like(x, 2.0 ** -_FIXED[name]) if fixed else _steps(x.abs().clamp(max=largest), name)
+    size = x.clamp(-largest, largest).abs() / step
     match activation.rounding:
         case "even":
             whole = torch.round(size)
@@ -110,7 +108,7 @@ def _on_values(x: Tensor, activation: Activation) -> Tensor:
         case _:
             whole = torch.floor(size)
     nearest = whole * step
-    return torch.where(x < 0, -nearest, nearest).clamp(lowest, largest)
+    return torch.where(x < 0, -nearest, nearest).clamp(-largest, largest)
 
 
 def _steps(magnitude: Tensor, name: str) -> Tensor:

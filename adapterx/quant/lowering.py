@@ -1,8 +1,7 @@
 """Lowering: what a quantized layer is while its model goes to ONNX, without a code or a scale being changed.
 
 Layers are exchanged for the time of an export and come back after it, so that nothing about the export is kept in the
-model or anywhere else. (A ``QuantLinear`` that torch's exporter meets itself is exported as it computes: unpacking
-at every run. That is right, and slow.)
+model or anywhere else.
 """
 
 from __future__ import annotations
@@ -68,7 +67,9 @@ class LoweredLinear(nn.Module):
         if pre_scale is not None:
             wide = wide * pre_scale
         if order is not None:
-            wide = wide.index_select(-1, order)
+            wide = torch.onnx.ops.symbolic(
+                "Gather", [wide, order], {"axis": -1}, dtype=wide.dtype, shape=wide.shape, version=13
+            )
         y = self.product.apply(wide, {name: self.get_buffer(name) for name in self.names})
         y = y if self.bias is None else y + self.bias.to(torch.float32)
         return (y if self.output is None else y.to(getattr(torch, self.output))).to(x.dtype)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from adapterx.errors import MissingDependency, ModelError
+from adapterx.errors import MissingDependency, ModelError, OptionError
 from adapterx.quant.lowered_embedding import LoweredEmbedding, embeddings_lowered
 from adapterx.quant.lowered_product import Format, Lowering
 from adapterx.quant.lowering import LoweredLinear, lowered
@@ -116,8 +116,14 @@ def export(  # noqa: PLR0913 - options of one verb, all by name
         FeedError: ``example_inputs`` is needed, or holds no tensors
         OptionError: an option's value that does not exist
         MissingDependency: onnxscript or onnxruntime is not installed
+        FileNotFoundError: the folder of ``path`` does not exist
     """
     lowering = Lowering(format=format, exact=exact, accuracy_level=accuracy_level)
+    if opset < OPSET:
+        raise OptionError(f"opset={opset} has no DequantizeLinear by block; {OPSET} has")
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is no folder; make it first")
     _needed()
     training = model.training
     model.eval()
@@ -129,7 +135,6 @@ def export(  # noqa: PLR0913 - options of one verb, all by name
             graph = finished(traced, signature, {name: layer.product for name, layer in made.items()})
     finally:
         model.train(training)
-    target = Path(path)
     _save(graph, target)
     rows = tuple(ExportedLayer(name, layer.was, layer.product.became) for name, layer in made.items())
     return Exported(target, tuple(signature.inputs), tuple(signature.outputs), rows)
@@ -172,8 +177,6 @@ def _save(model: Any, target: Path) -> None:
     import onnx_ir as ir  # noqa: PLC0415
     import onnxruntime  # noqa: PLC0415
 
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} is no folder; make it first")
     stage = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=target.parent))
     file = stage / target.name
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)

@@ -12,6 +12,9 @@ from adapterx.errors import ModelError
 from adapterx.quant.lowered_product import KEPT, Product
 from adapterx.quant.onnx_signature import Signature
 
+_SCOPES = "pkg.torch.onnx.name_scopes"
+# Folders of the machine that exported are nobody's business.
+_TALK = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 _LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
 
@@ -65,9 +68,10 @@ def _name(model: Any, prefix: str) -> None:
         if value.name.startswith(prefix):
             value.name = value.name.removeprefix(prefix)
     for node in model.graph:
-        for key in ("pkg.torch.onnx.name_scopes",):
-            if key in node.metadata_props:
-                node.metadata_props[key] = node.metadata_props[key].replace(f"'{prefix}", "'")
+        for key in _TALK:
+            node.metadata_props.pop(key, None)
+        if _SCOPES in node.metadata_props:
+            node.metadata_props[_SCOPES] = node.metadata_props[_SCOPES].replace(f"'{prefix}", "'")
 
 
 def _narrow(model: Any, products: Mapping[str, Product], ir: Any) -> None:
@@ -94,7 +98,6 @@ def _name_sizes(model: Any, signature: Signature) -> None:
         sizes = [size if isinstance(size, int) else named.get(axis, size) for axis, size in enumerate(value.shape)]
         value.shape = ir.Shape(sizes)
         fixed += [f"axis {axis} of {value.name}" for axis, name in named.items() if isinstance(sizes[axis], int)]
-    fixed = [each for each in fixed if any(each.endswith(f" of {name}") for name in signature.inputs)]
     if fixed:
         raise ModelError(
             f"the model's code fixes {', '.join(fixed)}; name the free dimensions with "

@@ -117,7 +117,13 @@ def _called(model: nn.Module, given: Mapping[str, Tensor] | tuple[Tensor, ...]) 
         arguments = named if isinstance(given, Mapping) else {}
         found = _tensors(model(*(() if arguments else named.values()), **arguments, **constants))
     text = "input_ids" in named
-    axes = {name: _axes(tensor, text=text) for name, tensor in (*named.items(), *found.items())}
+    rows = {tensor.shape[0] for tensor in named.values() if tensor.dim()}
+    # What has not as many rows as the batch has none of its rows.
+    axes = {
+        name: _axes(tensor, text=text)
+        for name, tensor in (*named.items(), *found.items())
+        if name in named or (tensor.dim() and tensor.shape[0] in rows)
+    }
     return Signature(module, "model.", named, tuple(found), axes)
 
 

@@ -33,5 +33,7 @@ def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     width = container(bits)
     if width == 8:
         return packed[..., :length]
-    fields = [(packed >> (width * place)) & (2**width - 1) for place in range(8 // width)]
+    # ONNX has no operators on bytes for what torch's exporter makes of this.
+    wide = packed.to(torch.int32) if torch.compiler.is_exporting() else packed
+    fields = [((wide >> (width * place)) & (2**width - 1)).to(torch.uint8) for place in range(8 // width)]
     return torch.stack(fields, dim=-1).flatten(-2)[..., :length]
