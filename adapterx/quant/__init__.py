@@ -1,6 +1,6 @@
 """Quantize in torch, run on ONNX Runtime. Needs the extra ``[quant]``.
 
-The verbs are Neural Compressor's: `prepare` or `quantize`, `convert`, `autotune`, `save`, `load`; `export` goes to ONNX.
+The verbs are Neural Compressor's: `prepare` or `quantize`, `convert`, `autotune`, `save`, `load`; `export` writes ONNX.
 PEFT's layer for quantized bases is in `adapterx.quant.lora`, the readers of other libraries' checkpoints in
 `adapterx.quant.interop`.
 """
@@ -14,6 +14,7 @@ except ImportError as missing:
 
 from adapterx.quant.configs import (
     AutoRoundConfig,
+    AWQConfig,
     DynamicQuantConfig,
     FP8Config,
     GPTQConfig,
@@ -22,12 +23,14 @@ from adapterx.quant.configs import (
     MixedPrecisionConfig,
     MXQuantConfig,
     RTNConfig,
+    SmoothQuantConfig,
     StaticQuantConfig,
     TEQConfig,
 )
 from adapterx.quant.default_configs import (
     get_all_config_set,
     get_default_AutoRound_config,
+    get_default_awq_config,
     get_default_double_quant_config,
     get_default_dynamic_config,
     get_default_fp8_config,
@@ -36,6 +39,7 @@ from adapterx.quant.default_configs import (
     get_default_mixed_precision_config,
     get_default_mx_config,
     get_default_rtn_config,
+    get_default_sq_config,
     get_default_static_config,
     get_default_teq_config,
     get_rtn_double_quant_config_set,
@@ -54,6 +58,7 @@ from adapterx.quant.weight import QuantWeight
 del _torch
 
 __all__ = [
+    "AWQConfig",
     "AutoRoundConfig",
     "DynamicQuantConfig",
     "FP8Config",
@@ -68,6 +73,7 @@ __all__ = [
     "QuantLinear",
     "QuantWeight",
     "RTNConfig",
+    "SmoothQuantConfig",
     "StaticQuantConfig",
     "TEQConfig",
     "TuningConfig",
@@ -77,6 +83,7 @@ __all__ = [
     "export",
     "get_all_config_set",
     "get_default_AutoRound_config",
+    "get_default_awq_config",
     "get_default_double_quant_config",
     "get_default_dynamic_config",
     "get_default_fp8_config",
@@ -85,6 +92,7 @@ __all__ = [
     "get_default_mixed_precision_config",
     "get_default_mx_config",
     "get_default_rtn_config",
+    "get_default_sq_config",
     "get_default_static_config",
     "get_default_teq_config",
     "get_rtn_double_quant_config_set",

@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from adapterx.quant.config_fields import ANY, FLAG, LAYERS, Rule, integer, one_of, option
+from adapterx.quant.config_fields import ANY, FLAG, LAYERS, Rule, integer, number, one_of, option
 from adapterx.quant.dynamic import DynamicInt8
 from adapterx.quant.float8 import Float8
 from adapterx.quant.layer_config import LayerConfig
 from adapterx.quant.mixed_precision import HalfPrecision, takes_half
 from adapterx.quant.mx import MX
+from adapterx.quant.smoothquant import SmoothQuant
 from adapterx.quant.static import StaticInt8
 from adapterx.quant.weight import Output
 from adapterx.quant.weight_configs import KEEP, faultless
@@ -68,6 +69,62 @@ class INT8StaticQuantConfig(LayerConfig):
             symmetric=self.w_sym,
             format="uint8" if self.act_dtype == "uint8" else "int8",
             activation_symmetric=self.act_sym,
+        )
+
+
+class SmoothQuantConfig(LayerConfig):
+    """Int8 weights and inputs behind a scale that makes both easy (`adapterx.quant.smoothquant.SmoothQuant`).
+
+    ``alpha="auto"`` tries ``alpha_min`` to ``alpha_max`` in steps of ``alpha_step``, by layer, or with ``do_blockwise``
+    by block; all are tried, so ``init_alpha`` changes nothing. Layers that read one tensor always share their scale,
+    which stays in front of them.
+    """
+
+    name: ClassVar[str] = "smooth_quant"
+    priority: ClassVar[int] = 0
+
+    w_dtype: str = option(default="int8", rule=one_of("int8", KEEP))
+    w_sym: bool = option(default=True, rule=FLAG)
+    w_granularity: str = option(default="per_channel", rule=_GRANULARITY)
+    w_algo: str = option(default="minmax")
+    act_dtype: str = option(default="uint8", rule=one_of("uint8", "int8", KEEP))
+    act_sym: bool = option(default=False, rule=FLAG)
+    act_granularity: str = option(default="per_tensor")
+    act_algo: str = option(default="minmax")
+    excluded_precisions: Any = option(default=[])
+    alpha: float | Literal["auto"] = option(default=0.5, rule=number(0, 1, also=["auto"]))
+    folding: bool = option(default=False)
+    scale_sharing: bool = option(default=False, rule=ANY)
+    init_alpha: float = option(default=0.5, rule=ANY)
+    alpha_min: float = option(default=0.0, rule=number(0, 1))
+    alpha_max: float = option(default=1.0, rule=number(0, 1))
+    alpha_step: float = option(default=0.1, rule=number(1e-3, 1))
+    shared_criterion: str = option(default="max")
+    do_blockwise: bool = option(default=False, rule=FLAG)
+    auto_alpha_args: Any = option(default=None)
+    white_list: Any = option(default="*", rule=LAYERS)
+
+    def problems(self) -> list[str]:
+        """Lists, weights that stay float with inputs that do not, and a range of alphas that is empty."""
+        lists = super().problems()
+        if lists or self.alpha_min <= self.alpha_max:
+            return lists or both_or_neither(self)
+        return [f"alpha_min={self.alpha_min!r} is above alpha_max={self.alpha_max!r}"]
+
+    def method(self) -> SmoothQuant | None:
+        """`SmoothQuant`, or None for ``"fp32"``."""
+        faultless(self)
+        if self.w_dtype == KEEP:
+            return None
+        count = int((self.alpha_max - self.alpha_min) / self.alpha_step + 1e-6) + 1
+        return SmoothQuant(
+            alpha=self.alpha,
+            alphas=tuple(min(round(self.alpha_min + step * self.alpha_step, 6), 1.0) for step in range(count)),
+            blockwise=self.do_blockwise,
+            format="uint8" if self.act_dtype == "uint8" else "int8",
+            activation_symmetric=self.act_sym,
+            per_channel=self.w_granularity == "per_channel",
+            symmetric=self.w_sym,
         )
 
 

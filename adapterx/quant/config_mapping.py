@@ -101,7 +101,11 @@ def _is_of(module: nn.Module, key: Key) -> bool:
 
 
 def _unmatched(config: LayerConfig, modules: dict[str, nn.Module], classes: set[str]) -> Iterator[str]:
-    """Keys that match no module, or none that their method is for."""
+    """Keys that match no module, or none that their method is for, and producers that are not there."""
+    for producer, consumers in getattr(config, "absorb_layer_dict", {}).items():
+        for name in (producer, *consumers):
+            if name not in modules:
+                yield f"absorb_layer_dict: no module {name!r}{nearest(name, modules)}"
     listed = [] if config.white_list == "*" else [(key, config) for key in config.white_list]
     for key, own in [*listed, *config.locals]:
         try:

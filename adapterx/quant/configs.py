@@ -8,13 +8,15 @@ from adapterx.quant.activation_configs import (
     INT8StaticQuantConfig,
     MixedPrecisionConfig,
     MXQuantConfig,
+    SmoothQuantConfig,
     StaticQuantConfig,
 )
 from adapterx.quant.layer_config import AnyConfig, ComposedConfig, LayerConfig, as_config
-from adapterx.quant.learned_configs import AutoRoundConfig, TEQConfig
+from adapterx.quant.learned_configs import AutoRoundConfig, AWQConfig, TEQConfig
 from adapterx.quant.weight_configs import GPTQConfig, HQQConfig, RTNConfig
 
 __all__ = [
+    "AWQConfig",
     "AnyConfig",
     "AutoRoundConfig",
     "ComposedConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "MXQuantConfig",
     "MixedPrecisionConfig",
     "RTNConfig",
+    "SmoothQuantConfig",
     "StaticQuantConfig",
     "TEQConfig",
     "as_config",

@@ -11,6 +11,7 @@ from adapterx.errors import OptionError, nearest
 from adapterx.quant.configs import (
     AnyConfig,
     AutoRoundConfig,
+    AWQConfig,
     DynamicQuantConfig,
     FP8Config,
     GPTQConfig,
@@ -20,6 +21,7 @@ from adapterx.quant.configs import (
     MixedPrecisionConfig,
     MXQuantConfig,
     RTNConfig,
+    SmoothQuantConfig,
     TEQConfig,
 )
 
@@ -57,6 +59,11 @@ def get_default_gptq_config(processor_type: Processor = None) -> GPTQConfig:
     return GPTQConfig(use_layer_wise=_is_client(processor_type))
 
 
+def get_default_awq_config() -> AWQConfig:
+    """`AWQConfig()`."""
+    return AWQConfig()
+
+
 def get_default_teq_config() -> TEQConfig:
     """`TEQConfig()`."""
     return TEQConfig()
@@ -70,6 +77,11 @@ def get_default_hqq_config() -> HQQConfig:
 def get_default_AutoRound_config(processor_type: Processor = None) -> AutoRoundConfig:  # noqa: N802 - its known name
     """`AutoRoundConfig()`; ``use_layer_wise`` on a client, where memory is short."""
     return AutoRoundConfig(use_layer_wise=_is_client(processor_type))
+
+
+def get_default_sq_config() -> SmoothQuantConfig:
+    """`SmoothQuantConfig()`."""
+    return SmoothQuantConfig()
 
 
 def get_default_static_config() -> INT8StaticQuantConfig:
@@ -119,15 +131,22 @@ def get_woq_tuning_config() -> list[AnyConfig]:
         RTNConfig(use_sym=False, group_size=32),
         AutoRoundConfig(use_sym=False, group_size=32, seqlen=2048),
         GPTQConfig(use_sym=False, group_size=32),
+        AWQConfig(use_sym=False, group_size=32),
     ]
 
 
 def get_all_config_set() -> list[LayerConfig]:
     """One default config of each method, the most exact first."""
-    kinds = (GPTQConfig, RTNConfig, HQQConfig, TEQConfig, AutoRoundConfig)
-    others = (INT8StaticQuantConfig, DynamicQuantConfig, MXQuantConfig, FP8Config)
-    ordered = sorted(kinds, key=lambda kind: -kind.priority)
-    return [kind() for kind in (MixedPrecisionConfig, *ordered, *others)]
+    kinds: list[type[LayerConfig]] = [GPTQConfig, RTNConfig, HQQConfig, AWQConfig, TEQConfig, AutoRoundConfig]
+    others: list[type[LayerConfig]] = [
+        INT8StaticQuantConfig,
+        SmoothQuantConfig,
+        DynamicQuantConfig,
+        MXQuantConfig,
+        FP8Config,
+    ]
+    ordered: list[type[LayerConfig]] = [MixedPrecisionConfig, *sorted(kinds, key=lambda kind: -kind.priority), *others]
+    return [kind() for kind in ordered]
 
 
 def _is_client(processor: Processor) -> bool:

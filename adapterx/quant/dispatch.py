@@ -11,6 +11,7 @@ from torch import nn
 
 from adapterx.errors import ModelError, OptionError
 from adapterx.quant.autoround import AutoRound, autoround
+from adapterx.quant.awq import AWQ, awq
 from adapterx.quant.blocks import Block
 from adapterx.quant.dynamic import DynamicInt8, dynamic_int8
 from adapterx.quant.float8 import Float8, float8, float8_static
@@ -21,6 +22,7 @@ from adapterx.quant.mixed_precision import HalfPrecision, half
 from adapterx.quant.mx import MX, mx
 from adapterx.quant.rtn import RTN, rtn
 from adapterx.quant.scheme import Scheme
+from adapterx.quant.smoothquant import SmoothQuant, smoothquant
 from adapterx.quant.static import StaticInt8, static_int8
 from adapterx.quant.teq import TEQ, teq
 from adapterx.quant.weight import QuantWeight
@@ -36,6 +38,8 @@ _OF_WEIGHT: dict[type, Callable[..., QuantWeight]] = {
 }
 _OF_BLOCK: dict[type, OfBlock] = {
     GPTQ: gptq,
+    AWQ: awq,
+    SmoothQuant: smoothquant,
     TEQ: teq,
     AutoRound: autoround,
     StaticInt8: static_int8,

@@ -39,7 +39,7 @@ class FakeQuantLinear(nn.Linear):
         # An nn.Linear's own parameters, so that optimizers which know them, and ties, keep them.
         own = layer.weight
         shared = isinstance(layer, nn.Linear) and isinstance(own, nn.Parameter)
-        self.weight = own if shared and isinstance(own, nn.Parameter) else nn.Parameter(weight.clone())
+        self.weight = own if shared and isinstance(own, nn.Parameter) else nn.Parameter(weight.contiguous())
         self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
         self.train(layer.training)
 

@@ -34,6 +34,7 @@ class LayerConfig:
     """
 
     name: ClassVar[str] = ""
+    priority: ClassVar[int] = 0
     fields: ClassVar[Mapping[str, Rule]] = {}
     white_list: Any
     locals: ClassVar[list[tuple[Key, LayerConfig]]]

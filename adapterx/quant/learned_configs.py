@@ -6,17 +6,71 @@ import re
 from typing import Any, ClassVar
 
 from adapterx.quant.autoround import AutoRound
+from adapterx.quant.awq import AWQ
 from adapterx.quant.config_fields import ANY, FLAG, LAYERS, Rule, integer, number, one_of, option
 from adapterx.quant.layer_config import LayerConfig
 from adapterx.quant.scheme import Scheme
 from adapterx.quant.teq import TEQ
-from adapterx.quant.weight_configs import BITS, GROUP, INT, KEEP, faultless, range_problems, scheme_of
+from adapterx.quant.weight_configs import BITS, DTYPE, GROUP, INT, KEEP, NO_PATH, faultless, range_problems, scheme_of
 
-_MAP = Rule(lambda v: isinstance(v, dict), "a dict", listed=True)
+_MAP = Rule(
+    lambda v: isinstance(v, dict) and all(isinstance(names, list | tuple) for names in v.values()),
+    "a dict of names, {producer: [consumers]}",
+    listed=True,
+)
 _WEIGHT_ONLY = re.compile(r"W([2348])A16(?:G(\d+))?")
 _SCHEME = Rule(
     lambda v: isinstance(v, str) and _WEIGHT_ONLY.fullmatch(v) is not None, "'W4A16', 'W2A16G64' and the like"
 )
+
+
+class AWQConfig(LayerConfig):
+    """AWQ (`adapterx.quant.awq.AWQ`).
+
+    ``absorb_layer_dict`` is ``{producer: [consumers]}`` for ``folding``; what it does not name is looked for.
+    """
+
+    name: ClassVar[str] = "awq"
+    priority: ClassVar[int] = 70
+
+    dtype: str = option(default="int", rule=DTYPE)
+    bits: int = option(default=4, rule=BITS)
+    use_sym: bool = option(default=True, rule=FLAG)
+    group_size: int = option(default=32, rule=GROUP)
+    group_dim: int = option(default=1)
+    use_full_range: bool = option(default=False, rule=FLAG)
+    use_mse_search: bool = option(default=False, rule=FLAG)
+    use_layer_wise: bool = option(default=False, rule=ANY)
+    model_path: str = option(default="", rule=NO_PATH)
+    use_double_quant: bool = option(default=False, rule=FLAG)
+    double_quant_dtype: str = option(default="int")
+    double_quant_bits: int = option(default=8, rule=integer(2, 8))
+    double_quant_use_sym: bool = option(default=True, rule=FLAG)
+    double_quant_group_size: int = option(default=256, rule=integer(1))
+    quant_lm_head: bool = option(default=False, rule=FLAG)
+    use_auto_scale: bool = option(default=True, rule=FLAG)
+    use_auto_clip: bool = option(default=True, rule=FLAG)
+    folding: bool = option(default=False, rule=FLAG)
+    absorb_layer_dict: Any = option(default={}, rule=_MAP)
+    white_list: Any = option(default="*", rule=LAYERS)
+
+    def problems(self) -> list[str]:
+        """Lists, a full range of what has none, and producers without folding."""
+        unused = ["absorb_layer_dict needs folding=True"] if self.absorb_layer_dict and self.folding is False else []
+        return super().problems() + range_problems(self) + unused
+
+    def method(self) -> AWQ | None:
+        """`AWQ`, or None for ``dtype="fp32"``."""
+        scheme = scheme_of(self)
+        if scheme is None:
+            return None
+        return AWQ(
+            scheme,
+            auto_scale=self.use_auto_scale,
+            auto_clip=self.use_auto_clip,
+            folding=self.folding,
+            absorb=self.absorb_layer_dict,
+        )
 
 
 class TEQConfig(LayerConfig):

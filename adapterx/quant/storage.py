@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +127,20 @@ def load(
         found = load_checkpoint(folder, model)
     else:
         raise _unknown(folder, format)
+    mark_quantized(found)
     return found.to(device).eval()
+
+
+def mark_quantized(model: nn.Module) -> None:
+    """Give a quantized model ``is_quantized`` and its ``save(output_dir, format)``; a ``save`` that it had is kept as
+    ``orig_save``.
+    """
+    own = getattr(model, "save", None)
+    if own is not None and getattr(own, "__func__", None) is not save:
+        object.__setattr__(model, "orig_save", own)
+    # Past nn.Module, which would take a bound method's module for one of the model's own.
+    object.__setattr__(model, "save", types.MethodType(save, model))
+    object.__setattr__(model, "is_quantized", True)
 
 
 def _unknown(folder: Path, format: str) -> FormatError:

@@ -14,7 +14,7 @@ from adapterx.quant.linear import is_linear
 from adapterx.quant.originals import restored
 from adapterx.quant.rtn import RTN
 from adapterx.quant.scheme import Scheme
-from adapterx.quant.verbs import bind_save
+from adapterx.quant.storage import mark_quantized
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,4 +81,4 @@ def quantize_(model: nn.Module, config: Named, filter_fn: Callable[[nn.Module, s
         for name in names:
             originals.untie(name)
             originals.replace(name, layer_by(model.get_submodule(name), method, name=name))
-    bind_save(model)
+    mark_quantized(model)

@@ -10,9 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import types
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from adapterx.quant.fake_quant import fake_layers
 from adapterx.quant.fold import Fold
 from adapterx.quant.linear import as_quantized
 from adapterx.quant.originals import Originals, restored
+from adapterx.quant.storage import mark_quantized
 
 QuantConfig = AnyConfig | Mapping[str, Any]
 _PREPARED = "adapterx_preparation"
@@ -168,10 +167,9 @@ def _done(model: nn.Module) -> nn.Module:
             folds = _quantize_layers(originals, preparation.methods, calibration)
     finally:
         unprepare(model)
-    _set(model, "is_quantized", True)
+    mark_quantized(model)
     _set(model, "quant_config", preparation.config)
     _set(model, "folds", folds)
-    bind_save(model)
     return model
 
 
@@ -181,22 +179,8 @@ def _frozen(model: nn.Module) -> nn.Module:
         for name, layer in fake_layers(model).items():
             originals.untie(name)
             originals.replace(name, layer.frozen())
-    _set(model, "is_quantized", True)
-    bind_save(model)
+    mark_quantized(model)
     return model
-
-
-def bind_save(model: nn.Module) -> None:
-    """Give a quantized model its ``save``; one that it had is ``orig_save``."""
-    if hasattr(model, "save") and not hasattr(model, "orig_save"):
-        _set(model, "orig_save", model.save)
-    _set(model, "save", types.MethodType(_save, model))
-
-
-def _save(model: nn.Module, output_dir: str | Path = "./saved_results", format: Any = "default") -> None:
-    from adapterx.quant.storage import save  # noqa: PLC0415 - which reads what is written with these verbs
-
-    save(model, output_dir=output_dir, format=format)
 
 
 def _quantize_layers(

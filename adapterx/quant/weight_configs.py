@@ -21,7 +21,7 @@ _TABLES |= {name.replace("float8", "fp8"): name for name in FORMATS if name.star
 BITS = integer(1, 8)
 GROUP = integer(1, also=[-1])
 INT = one_of(*_INTEGERS, KEEP)
-_ANY_DTYPE = one_of(*_INTEGERS, *_TABLES, KEEP)
+DTYPE = one_of(*_INTEGERS, *_TABLES, KEEP)
 # Weights are read from the model that is given, never from a checkpoint: it may hold a merged adapter.
 NO_PATH = Rule(lambda v: v == "", "'': the weights in memory are what is quantized")
 
@@ -80,7 +80,7 @@ class RTNConfig(LayerConfig):
     name: ClassVar[str] = "rtn"
     priority: ClassVar[int] = 80
 
-    dtype: str = option(default="int", rule=_ANY_DTYPE)
+    dtype: str = option(default="int", rule=DTYPE)
     bits: int = option(default=4, rule=BITS)
     use_sym: bool = option(default=True, rule=FLAG)
     group_size: int = option(default=32, rule=GROUP)
@@ -113,7 +113,7 @@ class GPTQConfig(LayerConfig):
     name: ClassVar[str] = "gptq"
     priority: ClassVar[int] = 90
 
-    dtype: str = option(default="int", rule=_ANY_DTYPE)
+    dtype: str = option(default="int", rule=DTYPE)
     bits: int = option(default=4, rule=BITS)
     use_sym: bool = option(default=True, rule=FLAG)
     group_size: int = option(default=32, rule=GROUP)

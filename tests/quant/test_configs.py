@@ -8,6 +8,7 @@ import torch
 from adapterx.errors import OptionError
 from adapterx.quant.configs import (
     AutoRoundConfig,
+    AWQConfig,
     DynamicQuantConfig,
     FP8Config,
     GPTQConfig,
@@ -16,7 +17,9 @@ from adapterx.quant.configs import (
     MixedPrecisionConfig,
     MXQuantConfig,
     RTNConfig,
+    SmoothQuantConfig,
     StaticQuantConfig,
+    TEQConfig,
     as_config,
 )
 from adapterx.quant.gptq import GPTQ
@@ -29,6 +32,9 @@ EVERY = [
     GPTQConfig,
     HQQConfig,
     AutoRoundConfig,
+    AWQConfig,
+    TEQConfig,
+    SmoothQuantConfig,
     INT8StaticQuantConfig,
     DynamicQuantConfig,
     MXQuantConfig,
@@ -68,6 +74,10 @@ def test_all_wrong_fields_are_told_at_once():
         (HQQConfig, "dtype", "nf4"),
         (AutoRoundConfig, "scheme", "GGUF:Q4_K_M"),
         (AutoRoundConfig, "act_bits", 8),
+        (AWQConfig, "absorb_layer_dict", ["a"]),
+        (TEQConfig, "folding", True),
+        (SmoothQuantConfig, "alpha", 2),
+        (SmoothQuantConfig, "shared_criterion", "mean"),
         (AutoRoundConfig, "target_bits", [7.2, 7.5]),
         (INT8StaticQuantConfig, "act_algo", "kl"),
         (INT8StaticQuantConfig, "excluded_precisions", ["bf16"]),
@@ -110,6 +120,21 @@ def test_options_reach_the_method():
     config = GPTQConfig(bits=3, act_order=True, static_groups=True, percdamp=0.1, use_double_quant=True, block_size=64)
     scheme = Scheme(bits=3, double=DoubleScheme(8, 256, symmetric=False))
     assert config.method() == GPTQ(scheme, act_order=True, static_groups=True, percdamp=0.1, block_size=64)
+
+
+def test_alphas_are_tried_from_the_least_to_the_most():
+    config = SmoothQuantConfig(alpha="auto", alpha_min=0.3, alpha_max=0.7, alpha_step=0.1, do_blockwise=True)
+    assert config.method().alphas == (0.3, 0.4, 0.5, 0.6, 0.7)
+    assert config.method().blockwise
+    with pytest.raises(OptionError, match=r"alpha_min=0\.9 is above alpha_max=0\.7"):
+        SmoothQuantConfig(alpha_min=0.9, alpha_max=0.7).method()
+
+
+def test_producers_without_folding_are_an_error():
+    known = {"norm": ["q", "k"]}
+    assert AWQConfig(folding=True, absorb_layer_dict=known).method().absorb == known
+    with pytest.raises(OptionError, match="absorb_layer_dict needs folding=True"):
+        AWQConfig(absorb_layer_dict=known).method()
 
 
 def test_autoround_takes_what_is_not_set_from_its_scheme():

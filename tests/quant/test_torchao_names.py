@@ -6,6 +6,7 @@ from torch import nn
 
 from adapterx.errors import ModelError, OptionError
 from adapterx.quant.linear import QuantLinear
+from adapterx.quant.storage import load
 from adapterx.quant.torchao_names import Int4WeightOnly, Int8DynamicActivationInt8Weight, Int8WeightOnly, quantize_
 from tests.quant.tiny import bits_of, error, llama, logits
 
@@ -68,8 +69,11 @@ def test_layers_that_a_group_does_not_fit_are_an_error_and_nothing_is_changed():
     assert not bits_of(model)
 
 
-def test_what_was_quantized_can_be_saved(tmp_path):
+def test_what_was_quantized_is_saved_without_pickle_and_loaded(tmp_path):
     model = nn.Sequential(nn.Linear(64, 8))
-    quantize_(model, Int8WeightOnly())
+    quantize_(model, Int8DynamicActivationInt8Weight())
     model.save(tmp_path / "saved")
-    assert (tmp_path / "saved" / "model.safetensors").is_file()
+    found = load(tmp_path / "saved", nn.Sequential(nn.Linear(64, 8)))
+    x = torch.randn(3, 64)
+    assert torch.equal(found(x), model(x))
+    assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json", ".safetensors"}
