@@ -39,6 +39,11 @@ class Place:
     name: str
 
     @property
+    def stem(self) -> str:
+        """What names of nodes beside it begin with."""
+        return self.op.name or str(self.op.outputs[0].name)
+
+    @property
     def graph(self) -> ir.Graph:
         """Where it lies."""
         found = self.op.graph
@@ -61,14 +66,16 @@ class Quantizers:
 
     made: dict[tuple[ir.Value, ir.Graph], Sequence[ir.Value]] = dataclasses.field(default_factory=dict)
 
-    def of(self, place: Place, make: Callable[[ir.Value], list[ir.Node]]) -> Sequence[ir.Value]:
+    def of(self, place: Place, make: Callable[[ir.Value, str], list[ir.Node]]) -> Sequence[ir.Value]:
         """What ``make``'s nodes give in front of ``place``, or gave before for another that reads the same."""
         x = place.op.inputs[0]
         assert x is not None, "a product has its operand"
         key = (x, place.graph)
         if key not in self.made:
+            # A body of an If may read what the graph around it has on a grid already.
+            again = sum(value is x for value, _ in self.made)
             wide, before = _read(place, FLOAT)
-            nodes = [*before, *make(wide)]
+            nodes = [*before, *make(wide, f"{x.name}/{again}" if again else str(x.name))]
             place.graph.insert_before(place.op, nodes)
             self.made[key] = nodes[-1].outputs
         return self.made[key]
@@ -118,28 +125,28 @@ def put_dynamic(place: Place, tensors: Sequence[ir.Value], quantizers: Quantizer
     codes, scale, zero = quantizers.of(place, _quantize)
     weight, weight_scale = tensors
     product = _named(place, "MatMulInteger", [codes, weight, zero])
-    whole = ir.node("Cast", [product.outputs[0]], {"to": FLOAT.value}, name=f"{place.op.name}/float")
-    both = ir.node("Mul", [scale, weight_scale], name=f"{place.op.name}/scales")
-    given = ir.node("Mul", [whole.outputs[0], both.outputs[0]], name=f"{place.op.name}/scaled")
+    whole = ir.node("Cast", [product.outputs[0]], {"to": FLOAT.value}, name=f"{place.stem}/float")
+    both = ir.node("Mul", [scale, weight_scale], name=f"{place.stem}/scales")
+    given = ir.node("Mul", [whole.outputs[0], both.outputs[0]], name=f"{place.stem}/scaled")
     both.outputs[0].name = f"{place.op.outputs[0].name}/scales"
     _replace(place, [product, whole, both, given], FLOAT)
     return product
 
 
-def _quantize(x: ir.Value) -> list[ir.Node]:
-    node = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}/quantize")
-    _call(node, x.name, ("quantized", "scale", "zero_point"))
+def _quantize(x: ir.Value, stem: str) -> list[ir.Node]:
+    node = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{stem}/quantize")
+    _call(node, stem, ("quantized", "scale", "zero_point"))
     return [node]
 
 
 def put_static(place: Place, tensors: Sequence[ir.Value], grid: Sequence[ir.Value], quantizers: Quantizers) -> ir.Node:
     """QuantizeLinear and DequantizeLinear around a MatMul's operands; ``grid`` is the activations' scale and zero."""
 
-    def on_grid(x: ir.Value) -> list[ir.Node]:
-        codes = ir.node("QuantizeLinear", [x, *grid], name=f"{x.name}/quantize")
-        _call(codes, x.name, ("quantized",))
-        floats = ir.node("DequantizeLinear", [codes.outputs[0], *grid], name=f"{x.name}/dequantize")
-        _call(floats, x.name, ("dequantized",))
+    def on_grid(x: ir.Value, stem: str) -> list[ir.Node]:
+        codes = ir.node("QuantizeLinear", [x, *grid], name=f"{stem}/quantize")
+        _call(codes, stem, ("quantized",))
+        floats = ir.node("DequantizeLinear", [codes.outputs[0], *grid], name=f"{stem}/dequantize")
+        _call(floats, stem, ("dequantized",))
         floats.outputs[0].type, floats.outputs[0].shape = ir.TensorType(FLOAT), x.shape
         return [codes, floats]
 
@@ -161,7 +168,7 @@ def put_lookup(place: Place, bits: int, block: int, tensors: Sequence[ir.Value |
 
 def _dequantized(place: Place, tensors: Sequence[ir.Value | None], *, block: int) -> tuple[ir.Node, ir.Value]:
     attributes = {"axis": 0, "block_size": block} if block else {"axis": 1}
-    weight = ir.node("DequantizeLinear", tensors, attributes, name=f"{place.op.name}/weight")
+    weight = ir.node("DequantizeLinear", tensors, attributes, name=f"{place.stem}/weight")
     value = weight.outputs[0]
     value.name = f"{place.op.outputs[0].name}/weight"
     scale = tensors[1]
@@ -176,7 +183,7 @@ def _read(place: Place, dtype: ir.DataType) -> tuple[ir.Value, list[ir.Node]]:
     assert x is not None, "a product has its operand"
     if place.dtype == dtype:
         return x, []
-    cast = ir.node("Cast", [x], {"to": dtype.value}, name=f"{place.op.name}/wide")
+    cast = ir.node("Cast", [x], {"to": dtype.value}, name=f"{place.stem}/wide")
     value = cast.outputs[0]
     value.name, value.type, value.shape = f"{place.op.outputs[0].name}/x", ir.TensorType(dtype), x.shape
     return value, [cast]
@@ -195,7 +202,7 @@ def _named(
     return ir.node(op_type, inputs, attributes, domain=domain, name=op.name, metadata_props=dict(op.metadata_props))
 
 
-def _call(node: ir.Node, stem: str | None, words: Sequence[str]) -> None:
+def _call(node: ir.Node, stem: str, words: Sequence[str]) -> None:
     for value, word in zip(node.outputs, words, strict=True):
         value.name = f"{stem}/{word}"
 
@@ -205,9 +212,9 @@ def _replace(place: Place, nodes: Sequence[ir.Node], dtype: ir.DataType) -> None
     op, given = place.op, place.op.outputs[0]
     steps = list(nodes)
     if place.dtype != dtype:
-        steps.append(ir.node("Cast", steps[-1].outputs, {"to": place.dtype.value}, name=f"{op.name}/narrow"))
+        steps.append(ir.node("Cast", steps[-1].outputs, {"to": place.dtype.value}, name=f"{place.stem}/narrow"))
     if op.op_type in {"Gemm", "FusedGemm"} and len(op.inputs) > 2 and op.inputs[2] is not None:
-        steps.append(ir.node("Add", [steps[-1].outputs[0], op.inputs[2]], name=f"{op.name}/bias"))
+        steps.append(ir.node("Add", [steps[-1].outputs[0], op.inputs[2]], name=f"{place.stem}/bias"))
     product = nodes[-1].outputs[0]
     product.type, product.shape = ir.TensorType(dtype), given.shape
     if steps[-1].op_type == "Add" and place.dtype != dtype:
