@@ -1,6 +1,6 @@
 """Quantize in torch, run on ONNX Runtime. Needs the extra ``[quant]``.
 
-The verbs are Neural Compressor's: `prepare` or `quantize`, `convert`, `autotune`, `save`, `load`; `export` writes ONNX.
+The verbs are Neural Compressor's (`prepare`, `convert`, `quantize`, `autotune`, `save`, `load`); `export` goes to ONNX.
 PEFT's layer for quantized bases is in `adapterx.quant.lora`, the readers of other libraries' checkpoints in
 `adapterx.quant.interop`.
 """
