@@ -95,8 +95,6 @@ def _on_values(x: Tensor, activation: Activation) -> Tensor:
     """The nearest values of the format, as `codebook.codes_of` finds them."""
     name = activation.format
     largest = FORMATS[name].largest
-    # Integers reach one code further below zero than above.
-    lowest = -2.0 if name in _FIXED and activation.rounding == "even" else -largest
     fixed = name in _FIXED
     step = torch.full_like(x, 2.0 ** -_FIXED[name]) if fixed else _steps(x.abs().clamp(max=largest), name)
     size = x.clamp(-largest, largest).abs() / step
