@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 
@@ -122,7 +123,8 @@ class _Steps:
 
     def chunks(self) -> list[tuple[int, int]]:
         """Runs of at most ``block_size`` columns. A group lies within one, or begins one, so that all corrections of
-        earlier columns have come when its scale is found."""
+        earlier columns have come when its scale is found.
+        """
         cuts, stop = [0], 0
         for _, run in itertools.groupby(self.groups):
             start, stop = stop, stop + len(list(run))
@@ -145,9 +147,10 @@ def _order(diagonal: Tensor, group: int, method: GPTQ) -> Tensor:
         return torch.arange(len(diagonal), device=diagonal.device)
     rows = torch.nn.functional.pad(diagonal, (0, -len(diagonal) % group), value=-1).reshape(-1, group)
     first = torch.argsort(rows.amax(-1), descending=True, stable=True)
-    within = torch.argsort(rows, dim=-1, descending=True, stable=True) + torch.arange(len(rows)).to(
-        diagonal.device
-    ).unsqueeze(1) * group
+    within = (
+        torch.argsort(rows, dim=-1, descending=True, stable=True)
+        + torch.arange(len(rows)).to(diagonal.device).unsqueeze(1) * group
+    )
     flat = within[first].flatten()
     return flat[flat < len(diagonal)]
 
@@ -164,7 +167,7 @@ def _factor(moment: Tensor, percdamp: float, name: str) -> Tensor:
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed) and bool(torch.isfinite(upper).all()):
-                return upper
+                return cast(Tensor, upper)
         damp *= 10
     raise ModelError(
         f"{name}: the second moment of its inputs cannot be factored, even with {damp / 10:.3g} added to its diagonal "

@@ -55,9 +55,7 @@ class Levels:
         """The `QuantWeight` of ``codes`` ``[N, K]``."""
         codes, scheme = codes.to(torch.uint8), self.scheme
         if scheme.format == "int":
-            return as_weight(
-                codes, self.scale, self.zero, scheme, double=self.double, order=order, pre_scale=pre_scale
-            )
+            return as_weight(codes, self.scale, self.zero, scheme, double=self.double, order=order, pre_scale=pre_scale)
         return QuantWeight(
             codes=codes,
             scales=self.scale,

@@ -43,7 +43,9 @@ def inputs_of(block: Block, names: Iterable[str]) -> Inputs:
     def sink_of(name: str) -> Callable[[Tensor], None]:
         def sink(x: Tensor) -> None:
             last.take(x)
-            sums.setdefault(name, _Sum()).add(last)
+            if name not in sums:
+                sums[name] = _Sum(last)
+            sums[name].add(last)
 
         return sink
 
@@ -75,6 +77,7 @@ class _Last:
     def __init__(self) -> None:
         self.serial = self.rows = 0
         self.x: Tensor | None = None
+        self.product = self.size = torch.empty(0)
 
     def take(self, x: Tensor) -> None:
         if x is self.x:
@@ -87,14 +90,14 @@ class _Last:
 class _Sum:
     """Over all that one layer read."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: _Last) -> None:
         self.serials: list[int] = []
         self.rows = 0
+        self.moment, self.size = torch.zeros_like(last.product), torch.zeros_like(last.size)
 
     def add(self, last: _Last) -> None:
-        first = not self.serials
-        self.moment = last.product.clone() if first else self.moment.add_(last.product)
-        self.size = last.size.clone() if first else self.size.add_(last.size)
+        self.moment += last.product
+        self.size += last.size
         self.serials.append(last.serial)
         self.rows += last.rows
 
