@@ -42,9 +42,11 @@ if TYPE_CHECKING:
     from adapterx.graph.inject import inject_adapters as inject_adapters
     from adapterx.graph.merge import merge_adapter as merge_adapter
     from adapterx.graph.merge import unmerge_adapter as unmerge_adapter
+    from adapterx.graph.quantize import quantize_base as quantize_base
     from adapterx.graph.sites import find_sites as find_sites
     from adapterx.merge_table import Merge as Merge
     from adapterx.merged_checkpoint import merge_peft as merge_peft
+    from adapterx.quantization_table import Quantization as Quantization
     from adapterx.runtime.session import AdapterSession as AdapterSession
     from adapterx.site import AdapterSite as AdapterSite
     from adapterx.verification import Verification as Verification
@@ -69,6 +71,7 @@ __all__ = [
     "ModelError",
     "NoAdaptersFound",
     "OptionError",
+    "Quantization",
     "UnknownAdapter",
     "UnsupportedAdapter",
     "UnsupportedQuantization",
@@ -83,6 +86,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merge_peft",
+    "quantize_base",
     "save_adapter",
     "unmerge_adapter",
     "verify_extraction",
@@ -97,6 +101,7 @@ _HOMES = {
     "Injection": "adapterx.graph.inject",
     "LowRank": "adapterx.adapter",
     "Merge": "adapterx.merge_table",
+    "Quantization": "adapterx.quantization_table",
     "Verification": "adapterx.verification",
     "combine": "adapterx.combination",
     "convert_adapter": "adapterx.convert",
@@ -106,6 +111,7 @@ _HOMES = {
     "load_adapter": "adapterx.formats",
     "merge_adapter": "adapterx.graph.merge",
     "merge_peft": "adapterx.merged_checkpoint",
+    "quantize_base": "adapterx.graph.quantize",
     "save_adapter": "adapterx.formats",
     "unmerge_adapter": "adapterx.graph.merge",
     "verify_extraction": "adapterx.verify",

@@ -19,10 +19,11 @@ VERBS = {
     "save_adapter",
     "convert_adapter",
     "combine",
+    "quantize_base",
     "verify_extraction",
     "verify_mixed",
 }
-NOUNS = {"Adapter", "LowRank", "AdapterSession", "AdapterSite", "Extraction", "Injection", "Merge", "Verification"}
+NOUNS = {"Adapter", "LowRank", "AdapterSession", "AdapterSite", "Extraction", "Injection", "Merge", "Quantization", "Verification"}
 ERRORS = {
     "AdapterxError",
     "FeedError",
