@@ -75,12 +75,14 @@ def read_inc(folder: Path, model: nn.Module | None) -> nn.Module:
     taken: set[str] = set()
     rest = {}
     for stem in names_with(files, ".qweight"):
-        name = stem.removesuffix(".linear") if f"{stem.removesuffix('.linear')}.input_scale" in files.state else stem
+        parent = stem.removesuffix(".linear")
+        scaled = parent != stem and f"{parent}.input_scale" in files.state
+        name = parent if scaled else stem
         config = configs.get(name, configs.get(stem, {}))
         read = _float_layer if "qzeros" not in _parts_of(files, stem) else gptq_layer
         layer = read(files, stem, config, lambda _, name=name: known(name))  # type: ignore[misc]
-        layers[name] = layer if name == stem else _scaled(files, f"{name}.input_scale", layer)
-        taken |= {f"{stem}.{part}" for part in PARTS} | {f"{name}.input_scale"}
+        layers[name] = _scaled(files, f"{name}.input_scale", layer) if scaled else layer
+        taken |= {f"{stem}.{part}" for part in PARTS} | ({f"{name}.input_scale"} if scaled else set())
         rest[f"{stem}.bias"] = f"{name}.bias"
     if not layers:
         raise UnsupportedQuantization(f"{folder / WEIGHTS}: no layer in the layout of its weight-only methods")

@@ -146,6 +146,8 @@ def _packing(files: Tensors, name: str, config: Mapping[str, Any], inputs_of: In
     if by_word:
         per_word = 32 // bits
         known, group = inputs_of(name), config.get("group_size", 32)
+        # A model that does not fit is told of later, with every layer that does not.
+        known = None if known is None or -(-known // per_word) != words else known
         if known is None and type(group) is int and group > 0:
             known = groups * group
         inputs = words * per_word if known is None else known
