@@ -23,7 +23,10 @@ VERBS = {
     "verify_extraction",
     "verify_mixed",
 }
-NOUNS = {"Adapter", "LowRank", "AdapterSession", "AdapterSite", "Extraction", "Injection", "Merge", "Quantization", "Verification"}
+NOUNS = {
+    *("Adapter", "LowRank", "AdapterSession", "AdapterSite"),
+    *("Extraction", "Injection", "Merge", "Quantization", "Verification"),
+}
 ERRORS = {
     "AdapterxError",
     "FeedError",

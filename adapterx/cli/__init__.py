@@ -16,6 +16,7 @@ from adapterx.cli.environment import env
 from adapterx.cli.extraction import extract, sites
 from adapterx.cli.injection import inject
 from adapterx.cli.merging import merge
+from adapterx.cli.quantizing import quantize
 from adapterx.cli.report import reported
 from adapterx.cli.running import run
 from adapterx.cli.verifying import verify
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (sites, extract, inject, verify, merge, convert, run, env):
+for command in (sites, extract, inject, quantize, verify, merge, convert, run, env):
     app.command()(reported(command))
 
 

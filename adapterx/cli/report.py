@@ -41,6 +41,13 @@ _SPELLINGS: Final = {
     "static_qdq='allow'": "--allow-static-qdq",
     "pass quantized='float'": "leave out --keep-quantized",
     "quantized='keep'": "--keep-quantized",
+    "or name the layer in layers": "or name the layer with --layer",
+    "head=True": "--head",
+    "embeddings=True": "--embeddings",
+    "(calibration=[{...}])": "(--calibration FILE.npz)",
+    "format='matmulnbits'": "--format matmulnbits",
+    "format='qdq'": "--format qdq",
+    "block_size": "--group-size",
 }
 _NUMERIC: Final = {"size", "mean", "min", "max"}
 
