@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,42 @@ from adapterx.quant.tensor_files import StoredTensor, json_file
 
 Tensor = torch.Tensor
 GENERATION = "generation_config.json"
+_TABLES = (torch.ones, torch.zeros, torch.full, torch.arange, torch.rand, torch.randn)
+# A causal mask of 16384 positions. A number with "layer" in its name need not count layers, when it is as small as this.
+_MOST_ELEMENTS, _LAYERS = 1 << 28, 256
 _ADVICE = "Nothing was changed. Give the model that was saved, or save it again."
 
 
 class _EmptyOnMeta(TorchFunctionMode):
     """Weights without memory, everything else real: modules make their weights with ``torch.empty``, and tables that no
-    checkpoint holds (rotary frequencies, masks) otherwise.
+    checkpoint holds (rotary frequencies, masks) otherwise. Tables larger than any model's are refused.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _TABLES and _elements(args) > _MOST_ELEMENTS:
+            raise ValueError(f"a table of {_elements(args):,} elements")
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 
-def empty_model(config: Mapping[str, Any], *, where: Path) -> nn.Module:
+def _elements(args: tuple[Any, ...]) -> int:
+    sizes = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
+    return math.prod(size for size in sizes if type(size) is int)
+
+
+def empty_model(config: Mapping[str, Any], *, where: Path, tensors: int) -> nn.Module:
     """The transformers model of ``config`` (a ``config.json``), its weights on the meta device.
 
     Only classes of the transformers package are built: code that a checkpoint brings along is never run.
+
+    Args:
+        config: as its file has it
+        where: the file
+        tensors: how many the checkpoint has; a config of more layers is refused before any is built
 
     Raises:
         FormatError: no config of a model that transformers has; names ``where``
@@ -57,6 +73,7 @@ def empty_model(config: Mapping[str, Any], *, where: Path) -> nn.Module:
     architecture = None if name is None else getattr(transformers, name, None)
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise FormatError(f"{where}: transformers has no architecture {name!r:.60}; pass model=, which is then filled")
+    _refuse_layers(config, tensors, where)
     told = {key: value for key, value in config.items() if key not in {"quantization_config", "auto_map"}}
     # What a wrong value breaks inside transformers is not foreseeable; nothing has been changed by then.
     try:
@@ -65,6 +82,14 @@ def empty_model(config: Mapping[str, Any], *, where: Path) -> nn.Module:
     except Exception as error:
         raise FormatError(f"{where}: {name} cannot be built of this config: {error}") from error
     return model.train(False)
+
+
+def _refuse_layers(config: Mapping[str, Any], most: int, where: Path) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_layers(value, most, where)
+        elif ("layer" in key or "block" in key) and type(value) is int and value > max(most, _LAYERS):
+            raise FormatError(f"{where}: {key} is {value:,}, and the checkpoint has {most:,} tensors")
 
 
 def take_generation(model: nn.Module, path: Path) -> None:
@@ -149,6 +174,12 @@ def _check_floats(model: nn.Module, contents: Contents, faults: Faults) -> None:
             faults.add(name, f"the model's is {shape}, the file's {stored[name].shape}")
     for name in sorted((stored.keys() | tied.keys()) - own.keys()):
         faults.add(name, "the model has no such tensor")
+    kept = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in kept:
+            faults.add(
+                name, "on the meta device in the model, and no file holds it; make the model without torch.device"
+            )
 
 
 def _shape_in(model: nn.Module, name: str, halves: Mapping[str, torch.dtype]) -> tuple[int, ...] | None:

@@ -47,10 +47,11 @@ def save(
 ) -> None:
     """Write a quantized model into a folder, whole or not at all.
 
-    ``quantized.safetensors`` holds every tensor (shards and an index above ``shard_bytes``), ``quantization.json`` says of
-    each quantized layer how its codes are to be read, and where the model is one of transformers', ``config.json`` and
-    ``generation_config.json`` make `load` work without the code that made it. Nothing is pickled. A folder with an
-    earlier save is replaced; other files in it (a tokenizer) stay.
+    ``quantized.safetensors`` holds every tensor (shards and an index above ``shard_bytes``), ``quantization.json`` says
+    of each quantized layer how its codes are to be read, and where the model is one of transformers', ``config.json``
+    and ``generation_config.json`` make `load` work without the code that made it. Nothing is pickled. A folder with an
+    earlier save is replaced; other files in it (a tokenizer) stay. Transformers' own ``from_pretrained`` refuses the
+    folder.
 
     Args:
         model: with at least one `QuantLinear`, or layer in half precision
@@ -240,7 +241,7 @@ def _load_own(folder: Path, model: nn.Module | None) -> nn.Module:
     if model is None:
         if not (folder / CONFIG).is_file():
             raise FormatError(f"{folder}: not a model of transformers; load(folder, model) fills a model that you make")
-        model = empty_model(json_file(folder / CONFIG), where=folder / CONFIG)
+        model = empty_model(json_file(folder / CONFIG), where=folder / CONFIG, tensors=len(files.tensors))
         take_generation(model, folder / GENERATION)
     check_fit(model, contents, where=folder)
     layers = {name: stored_layer(files, name, record) for name, record in records.items()}

@@ -167,6 +167,14 @@ def test_a_model_that_does_not_fit_is_told_every_difference_and_is_untouched(own
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
+def test_a_buffer_that_no_file_holds_must_not_be_on_the_meta_device(own):
+    with torch.device("meta"):
+        empty = tiny.convolutional()
+        empty.register_buffer("table", torch.ones(3), persistent=False)
+    with pytest.raises(FormatError, match="table: on the meta device"):
+        load(own, empty)
+
+
 # -- Folders -----------------------------------------------------------------------------------------------------------
 
 

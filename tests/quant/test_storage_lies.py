@@ -179,6 +179,14 @@ LIES = {
         lambda folder: rewritten(folder, lambda c: c.update(hidden_size="large"), "config.json"),
         "cannot be built",
     ),
+    "a config of more layers than tensors": (
+        lambda folder: rewritten(folder, lambda c: c.update(num_hidden_layers=1 << 40), "config.json"),
+        r"config.json: num_hidden_layers is 1,099,511,627,776",
+    ),
+    "a config of absurd tables": (
+        lambda folder: rewritten(folder, lambda c: c.update(hidden_size=1 << 40), "config.json"),
+        r"config.json: LlamaForCausalLM cannot be built of this config: a table",
+    ),
     "config of another size": (
         lambda folder: rewritten(folder, lambda c: c.update(intermediate_size=1 << 40), "config.json"),
         "the file's",

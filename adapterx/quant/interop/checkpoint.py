@@ -73,7 +73,7 @@ def load_checkpoint(folder: Path, model: nn.Module | None) -> nn.Module:
     files = read_tensor_files(folder)
     config = json_file(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if model is None:
-        model = empty_model(config, where=folder / CONFIG)
+        model = empty_model(config, where=folder / CONFIG, tensors=len(files.tensors))
         take_generation(model, folder / GENERATION)
     source = _source(files, _quantization(folder, files), inputs_in(model))
     return place_source(source, files, model, dtype=_dtype(config))
