@@ -21,7 +21,7 @@ from adapterx.quant.tensor_files import StoredTensor, json_file
 Tensor = torch.Tensor
 GENERATION = "generation_config.json"
 _TABLES = (torch.ones, torch.zeros, torch.full, torch.arange, torch.rand, torch.randn)
-# A causal mask of 16384 positions. A number with "layer" in its name need not count layers, when it is as small as this.
+# A causal mask of 16384 positions. A number with "layer" in its name that is as small as this need not count layers.
 _MOST_ELEMENTS, _LAYERS = 1 << 28, 256
 _ADVICE = "Nothing was changed. Give the model that was saved, or save it again."
 
