@@ -47,6 +47,7 @@ from adapterx.quant.default_configs import (
 )
 from adapterx.quant.device import auto_detect_accelerator
 from adapterx.quant.fake_quant import prepare_qat
+from adapterx.quant.interop import read_quantized
 from adapterx.quant.linear import QuantLinear
 from adapterx.quant.onnx_export import export
 from adapterx.quant.storage import load, save
@@ -102,5 +103,6 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "quantize_",
+    "read_quantized",
     "save",
 ]
