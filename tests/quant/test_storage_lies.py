@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from adapterx.errors import FormatError
 from adapterx.quant import tensor_files
 from adapterx.quant.configs import RTNConfig
-from adapterx.quant.linear import quant_layers
+from adapterx.quant.linear import QuantLinear, quant_layers
 from adapterx.quant.storage import load, save
 from adapterx.quant.verbs import quantize
+from adapterx.quant.weight import DoubleScales, QuantWeight
 from tests.quant import tiny
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -209,6 +211,52 @@ def test_a_file_that_lies_is_refused_by_name_and_nothing_is_changed(lie, saved):
         load(saved, model)
     assert not list(quant_layers(model))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+NUMBERS = {
+    "an input twice": (
+        {"order": torch.arange(8)},
+        "order",
+        lambda tensor: tensor.copy_(torch.tensor([0, 0, 2, 3, 4, 5, 6, 7])),
+        "0.order: expected each of the 8 inputs once",
+    ),
+    "an input that is not": ({"order": torch.arange(8)}, "order", lambda tensor: tensor.add_(1), "0.order: expected"),
+    "codes of no number": (
+        {"bits": 8, "format": "float8_e4m3fn"},
+        "qweight",
+        lambda tensor: tensor.fill_(0x7F),
+        "0.qweight: codes that stand for no number",
+    ),
+    "codes of scales": (
+        {"double": DoubleScales(torch.zeros(2, 2, dtype=torch.uint8), torch.ones(1), torch.zeros(1), 2, 2, 4)},
+        "scale_codes",
+        lambda tensor: tensor.fill_(9),
+        "0.scale_codes: codes of 2 bits go up to 9",
+    ),
+    "zero points": (
+        {"bits": 3, "zeros": torch.ones(2, 2, dtype=torch.uint8)},
+        "qzeros",
+        lambda tensor: tensor.fill_(0x88),
+        "0.qzeros: codes of 3 bits go up to 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NUMBERS, ids=lambda what: what.replace(" ", "_"))
+def test_numbers_that_cannot_be_are_refused(what, tmp_path):
+    fields, part, change, message = NUMBERS[what]
+    codes = torch.zeros(2, 8, dtype=torch.uint8)
+    weight = QuantWeight(**{"codes": codes, "scales": torch.ones(2, 2), "group": 4, "bits": 4, **fields})
+    save(nn.Sequential(QuantLinear(weight)), tmp_path)
+    assert isinstance(load(tmp_path, nn.Sequential(nn.Linear(8, 2, bias=False)))[0], QuantLinear)
+    files = tensor_files.read_tensor_files(tmp_path)
+    tensors = {name: files.read(name) for name in files.tensors}
+    change(tensors[f"0.{part}"])
+    tensor_files.write_tensor_files(tensors, tmp_path, metadata={})
+    model = nn.Sequential(nn.Linear(8, 2, bias=False))
+    with pytest.raises(FormatError, match=message):
+        load(tmp_path, model)
+    assert type(model[0]) is nn.Linear
 
 
 # -- Code in files -----------------------------------------------------------------------------------------------------
