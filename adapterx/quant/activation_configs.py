@@ -182,7 +182,7 @@ class MXQuantConfig(LayerConfig):
     """Blocks that share a power of two (`adapterx.quant.mx.MX`). Every linear layer, the head too.
 
     ``weight_only`` leaves inputs as they are; ``out_dtype`` is what results are rounded to in either case (Neural
-    Compressor rounds weights, bias and inputs to it first). With "float32" for weights and inputs a layer stays as it is.
+    Compressor rounds weights, bias and inputs to it first). With "float32" for weights and inputs a layer stays float.
     """
 
     name: ClassVar[str] = "mx_quant"

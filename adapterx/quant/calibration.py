@@ -22,7 +22,7 @@ from adapterx.quant.linear import is_linear
 Tensor = torch.Tensor
 
 # A cache of keys and values would grow at each rerun of a block, and attend to itself.
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache_position")
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

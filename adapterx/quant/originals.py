@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adapterx.quant.linear import replace
+from adapterx.quant.tying import computes_with_tying
 
 
 class Originals:
@@ -39,7 +40,7 @@ class Originals:
             self._undo.append(lambda: setattr(layer, "weight", weight))
             layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             config = getattr(self.model, "config", None)
-            if getattr(config, "tie_word_embeddings", False):
+            if getattr(config, "tie_word_embeddings", False) and not computes_with_tying(self.model):
                 # Else transformers would tie them again, when it saves or resizes.
                 self._undo.append(lambda: setattr(config, "tie_word_embeddings", True))
                 setattr(config, "tie_word_embeddings", False)  # noqa: B010 - of an object of unknown type

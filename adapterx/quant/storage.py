@@ -23,6 +23,7 @@ from adapterx.quant.linear import quant_layers
 from adapterx.quant.mixed_precision import HalfConv1d, HalfConv2d, HalfConv3d, HalfLinear
 from adapterx.quant.stored_layer import check_record, record_of, stored_layer
 from adapterx.quant.tensor_files import PICKLED, SHARD_BYTES, json_file, read_tensor_files, write_tensor_files
+from adapterx.quant.tying import computes_with_tying
 
 Tensor = torch.Tensor
 Format = Literal["default", "huggingface", "neural_compressor"]
@@ -203,7 +204,8 @@ def _config(model: nn.Module) -> dict[str, Any] | None:
     told.pop("quantization_config", None)
     told["architectures"] = [type(model).__name__]
     table, head = known.get_input_embeddings(), known.get_output_embeddings()
-    if told.get("tie_word_embeddings") and head is not None and getattr(table, "weight", None) is not head.weight:
+    apart = head is not None and getattr(table, "weight", None) is not head.weight
+    if told.get("tie_word_embeddings") and apart and not computes_with_tying(model):
         told["tie_word_embeddings"] = False
     return {**told, "quantization_config": {"quant_method": "adapterx", "version": VERSION}}
 

@@ -2,7 +2,14 @@
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 VOCABULARY = 128
 
@@ -25,6 +32,14 @@ def gpt2(seed=0):
     torch.manual_seed(seed)
     config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64)
     return GPT2LMHeadModel(config).eval()
+
+
+def t5(seed=0):
+    torch.manual_seed(seed)
+    config = T5Config(
+        d_model=64, d_ff=96, d_kv=16, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config).eval()
 
 
 def convolutional(seed=0):
