@@ -65,8 +65,8 @@ def learn(block: Block, parameters: Sequence[Tensor], *, weights: Weights, move:
             gradients = torch.autograd.grad(loss, list(parameters), materialize_grads=True)
         for parameter in parameters:
             parameter.requires_grad_(False)
-        if float(loss) < promise:
-            promising, promise = _copied(parameters), float(loss)
+        if float(loss.detach()) < promise:
+            promising, promise = _copied(parameters), float(loss.detach())
         move(gradients, 1 - step / pace.steps)
     for candidate in (promising, _copied(parameters)):
         _put(parameters, candidate)

@@ -78,6 +78,7 @@ class TEQConfig(LayerConfig):
 
     Scales are learnt block by block from what the user's loop shows, so no training loop is needed. They stay in front
     of their layers: ``folding`` is False by default, unlike in Neural Compressor, so that adapters see the same inputs.
+    With ``absorb_to_layer``, ``{producer: [consumers]}``, only these consumers get a scale.
     """
 
     name: ClassVar[str] = "teq"
@@ -97,8 +98,8 @@ class TEQConfig(LayerConfig):
     double_quant_use_sym: bool = option(default=True, rule=FLAG)
     double_quant_group_size: int = option(default=256, rule=integer(1))
     quant_lm_head: bool = option(default=False, rule=FLAG)
-    absorb_to_layer: Any = option(default={})
-    folding: bool = option(default=False)
+    absorb_to_layer: Any = option(default={}, rule=_MAP)
+    folding: bool = option(default=False, rule=FLAG)
     white_list: Any = option(default="*", rule=LAYERS)
 
     def problems(self) -> list[str]:
@@ -108,7 +109,7 @@ class TEQConfig(LayerConfig):
     def method(self) -> TEQ | None:
         """`TEQ`, or None for ``dtype="fp32"``."""
         scheme = scheme_of(self)
-        return None if scheme is None else TEQ(scheme)
+        return None if scheme is None else TEQ(scheme, folding=self.folding, absorb=self.absorb_to_layer)
 
 
 class AutoRoundConfig(LayerConfig):

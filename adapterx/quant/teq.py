@@ -11,7 +11,9 @@ from adapterx.errors import OptionError
 from adapterx.quant.affine import grouped, ungrouped
 from adapterx.quant.block_learning import Pace, agreed, learn
 from adapterx.quant.blocks import Block
+from adapterx.quant.fold import Fold, fold_in
 from adapterx.quant.linear import linear_weight
+from adapterx.quant.producers import Pair, find_producers
 from adapterx.quant.rtn import RTN, finite, rtn
 from adapterx.quant.scheme import Scheme
 from adapterx.quant.sharing import shared_inputs
@@ -34,6 +36,9 @@ class TEQ:
         lr: of the logarithm of ``s``, falling to 0 in a line
         batch_size: rows a step; whole calibration calls are drawn until they hold so many
         seed: of the draws
+        folding: divide what produces the inputs by ``s`` where that can be proven, in place of the inputs themselves;
+            layers without such a producer get no scale. Adapters of folded layers must follow (`rebase_adapter`)
+        absorb: ``{producer: consumers}`` that the user knows; with it only these consumers get a scale
     """
 
     scheme: Scheme = dataclasses.field(default_factory=Scheme)
@@ -41,6 +46,8 @@ class TEQ:
     lr: float = 0.02
     batch_size: int = 8
     seed: int = 42
+    folding: bool = False
+    absorb: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.scheme.format != "int":
@@ -51,11 +58,14 @@ class TEQ:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Scaled:
-    """The layers that read one tensor, float32 ``[N, K]`` each, and the logarithm ``[K]`` of their scale."""
+    """The layers that read one tensor, float32 ``[N, K]`` each, the logarithm ``[K]`` of their scale, and who
+    takes it.
+    """
 
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, Scheme]
     log_scale: Tensor
+    pair: Pair | None
 
     def fake(self) -> dict[str, Tensor]:
         scale = self.log_scale.exp()
@@ -63,30 +73,36 @@ class _Scaled:
             name: _fake_quantized(weight * scale, self.schemes[name]) / scale for name, weight in self.weights.items()
         }
 
-    def quantized(self) -> dict[str, QuantWeight]:
-        scale = self.log_scale.exp()
-        untouched = not bool(self.log_scale.any())
+    def quantized(self, block: Block) -> dict[str, QuantWeight]:
+        """By the weights of the block as they are now: a fold has scaled them already."""
+        scaled = bool(self.log_scale.any()) and self.pair is None
+        scale = self.log_scale.exp() if scaled else torch.ones_like(self.log_scale)
         return {
             name: dataclasses.replace(
-                rtn(weight * scale, RTN(self.schemes[name]), name=name), pre_scale=None if untouched else 1 / scale
+                rtn(_weight(block, name) * scale, RTN(scheme), name=name), pre_scale=1 / scale if scaled else None
             )
-            for name, weight in self.weights.items()
+            for name, scheme in self.schemes.items()
         }
 
 
 def teq(block: Block, layers: Mapping[str, TEQ]) -> Mapping[str, QuantWeight]:
     """The layers of ``block``, rounded to nearest behind scales that are learnt together, each a ``pre_scale``.
 
-    The block is left as it is. Its error on the calibration data is never larger than without scales.
+    With ``folding``, float weights of the block change in place: it computes the same, and `Block.folds` says what
+    moved. Else it is left as it is. Its error on the calibration data is never larger than without scales.
 
     Raises:
         FeedError: NaN or infinity among the block's outputs, or layers that no call reaches
+        MismatchError: a pair of ``absorb`` that is not one
         ModelError: NaN or infinity among the weights
         OptionError: layers of one block that want to be learnt in different ways
     """
     how = agreed(layers)
-    scaled = [_started(block, names, layers) for names in shared_inputs(block, layers)]
-    parameters = [each.log_scale for each in scaled]
+    shared = shared_inputs(block, layers)
+    pairs = find_producers(block, shared, how.absorb) if how.folding else [None] * len(shared)
+    scaled = [_started(block, names, layers, pair) for names, pair in zip(shared, pairs, strict=True)]
+    learning = [each for each in scaled if _learns(each, block, how)]
+    parameters = [each.log_scale for each in learning]
     optimizer = torch.optim.Adam(parameters, lr=how.lr)
 
     def move(gradients: Sequence[Tensor], share: float) -> None:
@@ -96,23 +112,40 @@ def teq(block: Block, layers: Mapping[str, TEQ]) -> Mapping[str, QuantWeight]:
             parameter.grad = gradient
         optimizer.step()
 
-    learn(
-        block,
-        parameters,
-        weights=lambda: {name: weight for each in scaled for name, weight in each.fake().items()},
-        move=move,
-        pace=Pace(how.steps, how.batch_size, how.seed),
-    )
-    return {name: found for each in scaled for name, found in each.quantized().items()}
+    if parameters:
+        learn(
+            block,
+            parameters,
+            weights=lambda: {name: weight for each in scaled for name, weight in each.fake().items()},
+            move=move,
+            pace=Pace(how.steps, how.batch_size, how.seed),
+        )
+    for each in learning:
+        if each.pair is not None and bool(each.log_scale.any()):
+            fold = Fold(each.pair.producer, each.pair.consumers, each.log_scale.exp())
+            fold_in(block.module, fold)
+            block.folds.append(fold)
+    return {name: found for each in scaled for name, found in each.quantized(block).items()}
 
 
-def _started(block: Block, names: Sequence[str], layers: Mapping[str, TEQ]) -> _Scaled:
+def _learns(scaled: _Scaled, block: Block, how: TEQ) -> bool:
+    """Whether these layers get a scale: not without somebody to take it, and not where the user named others."""
+    if how.folding and scaled.pair is None:
+        return False
+    named = {name for names in how.absorb.values() for name in names}
     prefix = f"{block.name}." if block.name else ""
-    weights = {name: finite(linear_weight(block.module.get_submodule(name)), prefix + name) for name in names}
+    return not named or any(name in named or prefix + name in named for name in scaled.weights)
+
+
+def _started(block: Block, names: Sequence[str], layers: Mapping[str, TEQ], pair: Pair | None) -> _Scaled:
+    weights = {name: _weight(block, name) for name in names}
     first = weights[names[0]]
-    return _Scaled(
-        weights, {name: layers[name].scheme for name in names}, torch.zeros(first.shape[1], device=first.device)
-    )
+    zero = torch.zeros(first.shape[1], device=first.device)
+    return _Scaled(weights, {name: layers[name].scheme for name in names}, zero, pair)
+
+
+def _weight(block: Block, name: str) -> Tensor:
+    return finite(linear_weight(block.module.get_submodule(name)), f"{block.name}.{name}" if block.name else name)
 
 
 def _fake_quantized(weight: Tensor, scheme: Scheme) -> Tensor:

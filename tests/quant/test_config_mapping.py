@@ -61,6 +61,12 @@ def test_the_documented_string_conv1d_keeps_layers_float():
     assert list(found) == ["3", "4"]
 
 
+def test_a_class_of_torch_that_the_model_lacks_may_be_kept_float_but_not_be_quantized(three):
+    assert bits(three, RTNConfig().set_local("Conv1d", KEEP)) == {"fc1": 4, "fc2": 4, "fc3": 4}
+    with pytest.raises(OptionError, match="'Conv1d'"):
+        config_mapping(three, RTNConfig().set_local("Conv1d", RTNConfig(bits=8)))
+
+
 def test_fp32_keeps_layers_float(three):
     assert list(config_mapping(three, RTNConfig().set_local("fc2", KEEP))) == ["fc1", "fc3"]
     assert config_mapping(three, RTNConfig(dtype="fp32")) == {}
@@ -74,7 +80,7 @@ def test_a_white_list_leaves_the_rest_float(three):
     assert bits(three, config) == {"fc2": 4, "fc3": 8}
 
 
-@pytest.mark.parametrize("key", ["fc4", "Conv2d", "["])
+@pytest.mark.parametrize("key", ["fc4", "Conv9d", "["])
 @pytest.mark.parametrize("where", ["local", "white_list"])
 def test_what_matches_nothing_is_an_error_naming_it(three, key, where):
     config = RTNConfig().set_local(key, KEEP) if where == "local" else RTNConfig(white_list=[key])
