@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapterx.cli.options import Exported, Json
-from adapterx.cli.report import print_json, print_table, printable, say, size
+from adapterx.cli.report import print_json, print_table, printable, say, size, typed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,7 @@ def quantize(  # noqa: PLR0913 - the options of the command, all by name
     ] = None,
     symmetric: Annotated[
         bool | None,
-        typer.Option("--symmetric/--asymmetric", help="Zero in the middle, or a zero point for each group."),
+        typer.Option("--symmetric/--asymmetric", help="Zero in the middle, or a zero point a group."),
     ] = None,
     form: Annotated[
         QuantizeFormat | None, typer.Option("--format", help="One MatMulNBits, or DequantizeLinear and MatMul.")
@@ -84,14 +84,14 @@ def quantize(  # noqa: PLR0913 - the options of the command, all by name
     ] = None,
     layer: Annotated[
         list[str] | None,
-        typer.Option("--layer", metavar="NAME=BITS", help="Other bits for a layer; may be given again."),
+        typer.Option("--layer", metavar="NAME=BITS", help="Other bits for it; may be given again."),
     ] = None,
     head: Annotated[bool, typer.Option("--head", help="Quantize the layer that makes the logits, too.")] = False,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize tables of embeddings, too.")] = False,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
-            "--calibration", help="Inputs by name in an .npz; for a checkpoint also a text. May be given again."
+            "--calibration", help="Inputs by name in an .npz, or for a checkpoint a text; may be given again."
         ),
     ] = None,
     adapter: Exported = None,
@@ -125,8 +125,10 @@ def _of_onnx(
     from adapterx.cli.running import read_feeds
     from adapterx.graph.base_methods import HQQ, RTN, KQuant, method_named
     from adapterx.graph.quantize import quantize_base
+    from adapterx.graph.targets import Target
 
-    level = 0 if choice.exact else None
+    # nf4 and fp4 are multiplied exactly as it is.
+    level = 0 if choice.exact and choice.method not in {"nf4", "fp4"} else None
 
     def named(bits: int | None) -> Method:
         options = {"bits": bits, "block_size": choice.group_size, "symmetric": choice.symmetric}
@@ -134,17 +136,17 @@ def _of_onnx(
 
     _refuse_of_torch(choice.method, model)
     method = named(choice.bits)
-    blocks = isinstance(method, RTN | KQuant | HQQ)
-    layers: dict[str, Method | None] = {
-        name: None if bits is None else named(bits) if blocks else RTN(bits=bits)
-        for name, bits in choice.layers.items()
+    # Codes of other methods have one width.
+    other = named if isinstance(method, RTN | KQuant | HQQ) else RTN
+    layers: dict[Target, Method | None] = {
+        name: None if bits is None else other(bits) for name, bits in choice.layers.items()
     }
     feeds = [read_feeds(path) for path in calibration]
     return quantize_base(
         model,
         output,
         method=method,
-        layers=dict(layers),
+        layers=layers,
         head=choice.head,
         embeddings=choice.embeddings,
         calibration=feeds,
@@ -206,7 +208,7 @@ def _print(done: Quantization, *, exact_qdq: bool, as_json: bool) -> None:
         return
     print_table(done.table())
     for row in done.floats:
-        say(printable(f"float: {row.module} ({row.op}): {row.reason}"))
+        say(printable(typed(f"float: {row.module} ({row.op}): {row.reason}")))
     for note in notes:
         say(printable(note))
     if done.adapters:

@@ -83,13 +83,24 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _fail(kind: str, message: str, *, as_json: bool) -> NoReturn:
-    for python, typed in _SPELLINGS.items():
-        message = message.replace(python, typed)
+    message = typed(message)
     if as_json:
         print_json({"error": {"type": kind, "message": message}})
     else:
         say(f"{typer.style('error:', fg='red', bold=True)} {kind}: {printable(message)}")
     raise typer.Exit(1)
+
+
+def typed(message: str) -> str:
+    """A message with options as they are typed, not as Python spells them.
+
+    Example:
+        >>> typed("pass partial=True")
+        'pass --partial'
+    """
+    for python, spelled in _SPELLINGS.items():
+        message = message.replace(python, spelled)
+    return message
 
 
 def printable(text: str) -> str:

@@ -33,7 +33,8 @@ def quantized_rows(path: str | os.PathLike[str]) -> Quantization:
     for base in find_bases(model):
         name = base.name or base.op.name or str(base.op.outputs[0].name)
         if base.weight is None or not base.weight.quantized:
-            floats.append(FloatRow(name, base.op.op_type, _reason(base)))
+            # What has no name is a part of a layer: of some, codes alone do not give the product.
+            floats += [FloatRow(name, base.op.op_type, _reason(base))] if base.name else []
             continue
         tensors = [ir.convenience.get_const_tensor(values[one]) for one in base.weight.tensors.values()]
         after = sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -26,6 +26,7 @@ from adapterx.quant.configs import (
     SmoothQuantConfig,
     TEQConfig,
 )
+from adapterx.quant.linear import is_linear
 from adapterx.quant.onnx_export import Exported, export
 from adapterx.quant.verbs import quantize
 
@@ -45,7 +46,9 @@ _CONFIGS: Final[Mapping[str, type[LayerConfig]]] = {
 _NEEDS_DATA = frozenset({"gptq", "awq", "teq", "autoround", "static", "smoothquant"})
 # Rows of one calibration batch, and tokens of a row of text.
 _ROWS, _TOKENS = 8, 128
-_FLOAT = {"dtype": "fp32", "w_dtype": "fp32"}
+# What leaves a layer float, where one word does not.
+_FLOAT = {"w_dtype": "fp32", "act_dtype": "fp32"}
+_HEAD = re.compile(r"lm_head|output_layer|embed_out")
 _FIELDS = {"bits": "bits", "group_size": "group_size", "symmetric": "use_sym"}
 
 
@@ -108,6 +111,7 @@ def export_checkpoint(
     if wanted.method in _NEEDS_DATA and not (batches or texts):
         raise OptionError(f"method {wanted.method!r} needs calibration data: a text, or inputs by name in an .npz")
     model = _loaded(Path(folder))
+    _set_layers(config, wanted, model)
     feeds = [_tensors(one) for one in batches] + _tokens(Path(folder), texts)
 
     def calibrate(shown: nn.Module) -> None:
@@ -129,14 +133,29 @@ def _config(wanted: Wanted) -> LayerConfig:
     given = {field: getattr(wanted, name) for name, field in _FIELDS.items() if getattr(wanted, name) is not None}
     if wanted.method in {"nf4", "fp4"}:
         given["dtype"] = wanted.method
-    if wanted.head:
+    if wanted.head and "quant_lm_head" in config.fields:
         given["quant_lm_head"] = True
-    made = _made(config, wanted.method, given)
+    return _made(config, wanted.method, given)
+
+
+def _set_layers(config: LayerConfig, wanted: Wanted, model: nn.Module) -> None:
+    """The exceptions; a head is one where the config has no word for it."""
+    kind = type(config)
+    names = [name for name, module in model.named_modules() if is_linear(module)]
+    kept = {"dtype": "fp32"} if "dtype" in kind.fields else _FLOAT
+    heads = [name for name in names if _HEAD.fullmatch(name.rpartition(".")[2])]
+    layers: dict[str, int | None] = {} if wanted.head else dict.fromkeys(heads)
+    faults = []
     for name, bits in wanted.layers.items():
-        float_field = next(field for field in _FLOAT if field in config.fields)
-        other = {float_field: _FLOAT[float_field]} if bits is None else {**given, "bits": bits}
-        made.set_local(rf"(.*\.)?{re.escape(name)}$", _made(config, wanted.method, other))
-    return made
+        meant = [one for one in names if one == name or one.endswith(f".{name}")]
+        faults += [] if meant else [f"{name!r}{nearest(name, {one.rpartition('.')[2] for one in names})}"]
+        layers |= dict.fromkeys(meant, bits)
+    if faults:
+        raise OptionError(f"no layer of {type(model).__name__} is meant by {', '.join(faults)}")
+    given = {field: getattr(config, field) for field in ("group_size", "use_sym") if field in kind.fields}
+    for name, bits in layers.items():
+        other = _made(kind, wanted.method, kept if bits is None else {**given, "bits": bits})
+        config.set_local(f"{re.escape(name)}$", other)
 
 
 def _made(config: type[LayerConfig], method: str, given: Mapping[str, Any]) -> LayerConfig:
@@ -174,8 +193,10 @@ def _tokens(folder: Path, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]
     import transformers  # noqa: PLC0415 - `_loaded` had it
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, local_files_only=True
+        )
+    except Exception as error:  # transformers raises what its loaders happen to meet
         raise FormatError(f"{folder} has no tokenizer for a calibration text; give token ids in an .npz") from error
     found = []
     for text in texts:
@@ -184,5 +205,5 @@ def _tokens(folder: Path, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]
             raise OptionError("a calibration text is empty")
         width = min(_TOKENS, len(ids))
         rows = ids[: len(ids) // width * width].reshape(-1, width)
-        found += [{"input_ids": part} for part in rows.split(_ROWS)]
+        found += [{"input_ids": part} for part in torch.split(rows, _ROWS)]
     return found
