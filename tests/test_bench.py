@@ -11,7 +11,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
 @pytest.mark.parametrize(
-    "script", ["extract.py", "inject.py", "swap.py", "feed.py", "merge.py", "convert.py", "bank.py"]
+    "script", ["extract.py", "inject.py", "swap.py", "feed.py", "merge.py", "convert.py", "bank.py", "quant_decode.py"]
 )
 def test_a_bench_measures_every_way_and_its_peer(script: str) -> None:
     command = [sys.executable, str(BENCH / script), "--quick", "--json"]

@@ -86,6 +86,17 @@ def test_04_any_base_gives_each_adapter_its_own_guess_and_merges_what_is_fed(tmp
     assert float(merged.split(", ")[1].split(" from ")[0]) < 1e-4
 
 
+def test_05_quantize_learns_on_four_bits_and_serves_what_torch_computes(tmp_path):
+    text = output_of("05_quantize.py", tmp_path)
+    seen = {line[:25].strip(): float(line[25:]) for line in text.splitlines() if line[25:26].isdigit()}
+    assert seen["AWQ, 4 bits"] < seen["float base"] * 1.02
+    assert seen["+ LoRA, in torch"] < seen["AWQ, 4 bits"] * 0.98
+    assert abs(seen["+ LoRA, on ONNX Runtime"] - seen["+ LoRA, in torch"]) < 2e-3
+    assert abs(seen["base alone"] - seen["AWQ, 4 bits"]) < 2e-3
+    assert float(text.rsplit(" by ", 1)[1]) < 1e-3
+    assert "21 layers became MatMulNBits, 4 bits, block 32" in text
+
+
 def test_every_adapter_of_the_demo_is_best_on_its_own_kind_of_held_out_text_and_the_base_on_none(quick, capsys):
     quick()
     text = capsys.readouterr().out
@@ -130,11 +141,11 @@ def test_a_document_that_shares_text_with_the_held_out_text_is_not_trained_on_an
     assert list(demo_text.documents(texts, exclude=demo_text.shingles(held_out))) == [own.encode()]
 
 
-def test_no_sample_but_the_one_that_trains_imports_more_than_adapterx_cpu_installs():
+def test_no_sample_but_those_that_train_imports_more_than_adapterx_cpu_installs():
     installed = {"adapterx", "numpy", "onnxruntime", "rich"}
     for path in SAMPLES.glob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         more = {name.split(".")[0] for name in names} - installed - set(sys.stdlib_module_names)
-        assert bool(more) == (path.name == "make_demo_model.py"), (path.name, more)
+        assert bool(more) == (path.name in {"make_demo_model.py", "05_quantize.py"}), (path.name, more)
