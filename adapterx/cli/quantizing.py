@@ -98,7 +98,8 @@ def quantize(  # noqa: PLR0913 - the options of the command, all by name
     as_json: Json = False,
 ) -> None:
     """Quantize the base of a model; its adapters stay float, and serve as before."""
-    layers = dict.fromkeys(keep or ()) | dict(_bits_of(one) for one in layer or ())
+    # Of two words on one layer, that it stays float is the safe one.
+    layers = dict(_bits_of(one) for one in layer or ()) | dict.fromkeys(keep or ())
     form_name = None if form is None else form.value
     choice = Choice(method.value, bits, group_size, symmetric, form_name, exact, layers, head, embeddings)
     files = calibration or ()
