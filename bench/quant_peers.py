@@ -108,11 +108,9 @@ def _bitsandbytes(model: nn.Module, *_: object) -> nn.Module:
     return model
 
 
+_INC = "neural-compressor-pt"
 PEERS: dict[str, tuple[str, Peer]] = {
-    "Neural Compressor, RTN": (
-        "neural-compressor-pt",
-        _neural_compressor("RTNConfig", use_sym=False, use_layer_wise=False),
-    ),
+    "Neural Compressor, RTN": (_INC, _neural_compressor("RTNConfig", use_sym=False, use_layer_wise=False)),
     "Neural Compressor, HQQ": (_INC, _neural_compressor("HQQConfig")),
     "Neural Compressor, GPTQ": (_INC, _neural_compressor("GPTQConfig", use_sym=False)),
     "Neural Compressor, AWQ": (_INC, _neural_compressor("AWQConfig", use_sym=False)),
