@@ -44,6 +44,11 @@ def test_scales_help_and_ranges_help_each_alone(options):
     assert output_error(found, original, X) < output_error(rtn(original, RTN(NOISY)), original, X)
 
 
+def test_ranges_are_judged_by_the_inputs_as_they_are_scaled():
+    found, original = one(NOISY)
+    assert output_error(found, original, X) < 0.57 * output_error(one(NOISY, auto_clip=False)[0], original, X)
+
+
 @pytest.mark.parametrize("group", [-1, 24, 48, 1])
 def test_any_group_fits(group):
     scheme = Scheme(bits=3, group_size=group, symmetric=False)

@@ -82,10 +82,10 @@ def test_block_size_changes_speed_and_no_more_than_rounding():
 
 
 def test_rounded_scales_are_what_the_codes_were_chosen_for():
-    scheme = Scheme(bits=4, group_size=16, double=DoubleScheme(bits=6, group_size=8))
+    scheme = Scheme(bits=4, group_size=16, double=DoubleScheme(bits=3, group_size=64))
     found = solved(W, MOMENT, GPTQ(scheme))
     assert torch.equal(found.scales, found.double.values())
-    assert output_error(found, W, X) < output_error(rtn(W, RTN(scheme)), W, X)
+    assert output_error(found, W, X) < 0.5 * output_error(rtn(W, RTN(scheme)), W, X)
 
 
 def test_the_same_bits_each_time():
