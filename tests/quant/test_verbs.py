@@ -183,6 +183,15 @@ def test_the_mode_of_training_is_kept():
     assert not model.model.layers[0].mlp.up_proj.training
 
 
+def test_nothing_is_dropped_out_while_blocks_are_quantized():
+    model = prepare(gpt2().train(), GPTQConfig())
+    run(model)
+    state = torch.get_rng_state()
+    convert(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
 def test_save_is_bound_and_the_old_one_is_kept(tmp_path):
     model = llama()
     model.save = lambda: "mine"
