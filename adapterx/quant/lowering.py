@@ -55,10 +55,16 @@ class LoweredLinear(nn.Module):
         self.names = tuple(self.product.tensors)
         for name, tensor in self.product.tensors.items():
             self.register_buffer(name, tensor)
+        self.register_buffer("nothing", torch.full((1, 1), torch.nan), persistent=False)
         self.register_buffer("pre_scale", quantized.pre_scale)
         self.register_buffer("order", quantized.order)
         self.bias, self.output = layer.bias, layer.output
         self.was = layer.extra_repr().partition(", ")[2].partition(", ")[2]
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the right shape, and nothing more: DoRA asks for it, and then for its norm, which is known."""
+        return self.get_buffer("nothing").expand(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` -> ``[..., N]``, computed in float32."""

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from adapterx.errors import MissingDependency, ModelError, OptionError
+from adapterx.quant.lowered_dora import norms_known
 from adapterx.quant.lowered_embedding import LoweredEmbedding, embeddings_lowered
 from adapterx.quant.lowered_product import Format, Lowering
 from adapterx.quant.lowering import LoweredLinear, lowered
@@ -129,7 +130,7 @@ def export(  # noqa: PLR0913 - options of one verb, all by name
     model.eval()
     try:
         signature = signature_of(model, example_inputs=example_inputs, kv_cache=kv_cache, dynamic=dynamic)
-        with lowered(model, lowering) as layers, embeddings_lowered(model, embeddings) as tables:
+        with norms_known(model), lowered(model, lowering) as layers, embeddings_lowered(model, embeddings) as tables:
             traced = _traced(signature, opset)
             made: dict[str, LoweredLinear | LoweredEmbedding] = {**layers, **tables}
             graph = finished(traced, signature, {name: layer.product for name, layer in made.items()})

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 
 import numpy as np
@@ -214,6 +215,35 @@ def test_adapters_of_an_exported_base_read_what_the_layer_reads(tmp_path):
     merged = ax.merge_adapter(done.path, Adapter(changes), tmp_path / "merged.onnx").path
     found = ort.InferenceSession(merged).run(None, {"x": x.numpy()})[0]
     assert np.abs(found - expected).max() < 2e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("exported", ["default", "other"])
+def test_dora_is_found_on_the_codes_and_another_takes_its_place(tmp_path, exported):
+    torch.manual_seed(10)
+    weights = {name: rtn(torch.randn(64, 64), RTN(Scheme(symmetric=False))) for name in ("fc1", "fc2")}
+    layers = {name: QuantLinear(weight, torch.randn(64)) for name, weight in weights.items()}
+    config = LoraConfig(target_modules=["fc1", "fc2"], r=4, use_dora=True, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(collections.OrderedDict(layers)), config)
+    model.add_adapter("other", config)
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            if "magnitude" in name:
+                part.mul_(torch.rand_like(part) + 0.5)
+    model.save_pretrained(tmp_path / "peft")
+    model.set_adapter(exported)
+    x = torch.randn(3, 64)
+    done = export(model, tmp_path / "m.onnx", example_inputs=x, exact=True)
+    assert {site.kind for site in ax.find_sites(done.path)} == {"dora"}
+    found = ort.InferenceSession(done.path).run(None, {done.inputs[0]: x.numpy()})[0]
+    out = ax.extract_adapters(done.path, tmp_path / "out", make_inputs=True)
+    folders = {"default": tmp_path / "peft", "other": tmp_path / "peft" / "other"}
+    session = ax.AdapterSession(out.model_path, adapters=folders)
+    for name in folders:
+        model.set_adapter(name)
+        expected = model(x).detach().numpy()
+        fed = session.run(None, {done.inputs[0]: x.numpy()}, adapter=name)[0]
+        assert np.abs(fed - expected).max() < 1e-5 * np.abs(expected).max()
+        assert name != exported or np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_an_export_leaves_the_model_as_it_was(lora):
