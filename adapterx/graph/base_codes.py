@@ -26,7 +26,7 @@ _FRACTIONAL_BITS = 4
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class BlockCodes:
-    """``(code - zero) * scale`` by blocks of a row, the last one padded with what stands for zero.
+    """``(code - zero) * scale`` by blocks of a row, the last one padded with the code nearest to zero.
 
     Args:
         codes: uint8 ``[n, blocks, block]``

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from adapterx.adapter import Array
-from adapterx.base_weight import WEIGHT, BaseWeight, read_weight
+from adapterx.base_weight import SCALE, WEIGHT, BaseWeight, read_weight
 from adapterx.graph.activation_ranges import Range
 from adapterx.graph.base_codes import BlockCodes, block_codes, column_codes, finite, flat_codes
 from adapterx.graph.base_methods import HQQ, RTN, Blocks, Bnb4, DynamicInt8, Method, StaticInt8, block_in_graph
@@ -32,14 +32,13 @@ from adapterx.graph.weight_store import WeightStore
 from adapterx.packed_codes import repacked
 from adapterx.progress import progress
 from adapterx.quantization_table import QuantizedRow
+from adapterx.weight_rows import BLOCK_BYTES
 
 Tensors: TypeAlias = tuple[ir.Value | None, ...]
 _BY_BATCH = (
     "dynamic: activations have one range for the whole batch, so its rows round each other a little; "
     "rtn with 8 bits has ranges by row"
 )
-# As much of a weight, as float32, as is worked on at a time.
-_BLOCK_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -176,7 +175,7 @@ def _tensors(source: _Source, matrix: Array, method: Method, dtype: ir.DataType)
     error = _Error()
     match method:
         case Bnb4():
-            return _of_table(source, matrix, method, dtype), error.ratio
+            return _of_table(source, matrix, method, dtype, error), error.ratio
         case DynamicInt8() | StaticInt8():
             return _by_column(source, matrix, static=isinstance(method, StaticInt8), error=error), error.ratio
     if source.ref.form != "embedding" and not isinstance(method, HQQ) and method.format == "qdq":
@@ -202,7 +201,7 @@ class _Error:
 
 def _parts(matrix: Array, name: str) -> Iterator[Array]:
     """Rows in float32, some at a time."""
-    step = max(1, _BLOCK_BYTES // max(1, 4 * matrix.shape[1]))
+    step = max(1, BLOCK_BYTES // max(1, 4 * matrix.shape[1]))
     for first in range(0, len(matrix), step):
         yield finite(matrix[first : first + step], name)
 
@@ -265,11 +264,23 @@ def _dequantized(source: _Source, matrix: Array, method: Blocks, dtype: ir.DataT
     return (*tensors, hold("DQ_zero_points", np.ascontiguousarray(np.concatenate(zeros).T))) if zeros else tensors
 
 
-def _of_table(source: _Source, matrix: Array, method: Bnb4, dtype: ir.DataType) -> Tensors:
-    packed, largest = flat_codes(finite(matrix, source.name), method)
+def _of_table(source: _Source, matrix: Array, method: Bnb4, dtype: ir.DataType, error: _Error) -> Tensors:
+    rows = finite(matrix, source.name)
+    packed, largest = flat_codes(rows, method)
+    largest = largest.astype(dtype.numpy())
+    tensors = {WEIGHT: packed, SCALE: largest}
+    form = BaseWeight(
+        "out_in",
+        rows.shape,
+        {role: role for role in tensors},
+        storage=method.table,
+        bits=4,
+        block_size=method.block_size,
+    )
+    error.add(rows, read_weight(form, tensors.__getitem__).T)
     held = source.hold("Bnb4", packed)
     _say(held, source.root)
-    return held, source.hold("absmax", largest.astype(dtype.numpy()))
+    return held, source.hold("absmax", largest)
 
 
 def _by_column(source: _Source, matrix: Array, *, static: bool, error: _Error) -> Tensors:
