@@ -75,7 +75,7 @@ def test_all_wrong_fields_are_told_at_once():
         (AutoRoundConfig, "scheme", "GGUF:Q4_K_M"),
         (AutoRoundConfig, "act_bits", 8),
         (AWQConfig, "absorb_layer_dict", ["a"]),
-        (TEQConfig, "folding", True),
+        (TEQConfig, "use_mse_search", True),
         (SmoothQuantConfig, "alpha", 2),
         (SmoothQuantConfig, "shared_criterion", "mean"),
         (AutoRoundConfig, "target_bits", [7.2, 7.5]),
