@@ -136,13 +136,17 @@ def load(
 def mark_quantized(model: nn.Module) -> None:
     """Give a quantized model ``is_quantized`` and its ``save(output_dir, format)``; a ``save`` that it had is kept as
     ``orig_save``.
+
+    Models of transformers get no ``is_quantized``: there the name means one of transformers' own quantizers, and with
+    it ``Trainer`` and ``model.float()`` refuse the model.
     """
     own = getattr(model, "save", None)
     if own is not None and getattr(own, "__func__", None) is not save:
         object.__setattr__(model, "orig_save", own)
     # Past nn.Module, which would take a bound method's module for one of the model's own.
     object.__setattr__(model, "save", types.MethodType(save, model))
-    object.__setattr__(model, "is_quantized", True)
+    if not any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
+        object.__setattr__(model, "is_quantized", True)
 
 
 def _unknown(folder: Path, format: str) -> FormatError:

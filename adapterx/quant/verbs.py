@@ -87,8 +87,9 @@ def convert(model: nn.Module, quant_config: QuantConfig | None = None, inplace: 
         inplace: quantize ``model`` itself, else a copy, and ``model`` stays prepared
 
     Returns:
-        The model, with ``is_quantized``, ``quant_config`` and ``save(output_dir, format)``; a previous ``save`` is
-        ``orig_save``. ``folds`` says which scales were moved into producers: `rebase_adapter` wants them.
+        The model, with ``quant_config`` and ``save(output_dir, format)``; a previous ``save`` is ``orig_save``. But for
+        transformers' models also with ``is_quantized``. ``folds`` says which scales were moved into producers:
+        `rebase_adapter` wants them.
 
     Raises:
         OptionError: no config, or another than the model was prepared with

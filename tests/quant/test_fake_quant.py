@@ -33,7 +33,6 @@ def test_what_is_trained_is_what_convert_freezes_bit_for_bit(mapping):
     assert len(list(quant_layers(frozen))) == 14
     assert convert(model) is model
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
-    assert model.is_quantized
 
 
 def test_the_grid_is_that_of_the_method_without_training():

@@ -185,3 +185,19 @@ def test_requantizing_knows_tables_of_ones_own_and_float_zeros():
     floats = QuantWeight(codes, torch.rand(6, 2) + 0.1, 32, 2, zeros=torch.rand(6, 2) * 3)
     for held in (table, floats):
         assert torch.equal(requantized(held.dequantized(), held).codes, codes)
+
+
+def test_transformers_own_trainer_trains_an_adapter_on_a_quantized_model(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from adapterx.quant import RTNConfig, quantize
+    from tests.quant.tiny import llama
+
+    model = get_peft_model(quantize(llama(), RTNConfig()), LoraConfig(target_modules="all-linear", r=4))
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 8
+    options = {"max_steps": 4, "learning_rate": 0.02, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), save_strategy="no", **options), train_dataset=rows)
+    before = trainer.evaluate(rows)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(rows)["eval_loss"] < before - 0.1
+    assert model.float() is model

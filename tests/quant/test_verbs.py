@@ -68,7 +68,10 @@ def test_a_copy_is_quantized_when_it_is_not_in_place(config):
 def test_in_place_is_the_model_itself():
     model = llama()
     assert quantize(model, RTNConfig()) is model
-    assert model.is_quantized
+    # Of transformers' own: it would take the flag for a quantizer of its own.
+    assert not hasattr(model, "is_quantized")
+    plain = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    assert quantize(plain, RTNConfig()).is_quantized
     assert model.quant_config == RTNConfig()
     assert not hasattr(model, "is_prepared")
 
