@@ -47,9 +47,11 @@ from adapterx.quant.default_configs import (
 )
 from adapterx.quant.device import auto_detect_accelerator
 from adapterx.quant.fake_quant import prepare_qat
+from adapterx.quant.fold import Fold
 from adapterx.quant.interop import read_quantized
 from adapterx.quant.linear import QuantLinear
 from adapterx.quant.onnx_export import export
+from adapterx.quant.rebase import rebase_adapter
 from adapterx.quant.storage import load, save
 from adapterx.quant.torchao_names import Int4WeightOnly, Int8DynamicActivationInt8Weight, Int8WeightOnly, quantize_
 from adapterx.quant.tuning import TuningConfig, autotune
@@ -63,6 +65,7 @@ __all__ = [
     "AutoRoundConfig",
     "DynamicQuantConfig",
     "FP8Config",
+    "Fold",
     "GPTQConfig",
     "HQQConfig",
     "INT8StaticQuantConfig",
@@ -104,5 +107,6 @@ __all__ = [
     "quantize",
     "quantize_",
     "read_quantized",
+    "rebase_adapter",
     "save",
 ]
