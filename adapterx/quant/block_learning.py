@@ -53,7 +53,7 @@ def learn(block: Block, parameters: Sequence[Tensor], *, weights: Weights, move:
     Raises:
         FeedError: NaN or infinity among the block's outputs
     """
-    best, best_error = _copied(parameters), _error_of_all(block, weights)
+    best, best_error = _copied(parameters), error_of_all(block, weights)
     promising, promise = best, math.inf
     drawn = _draws(block, pace)
     for step in range(pace.steps):
@@ -70,7 +70,7 @@ def learn(block: Block, parameters: Sequence[Tensor], *, weights: Weights, move:
         move(gradients, 1 - step / pace.steps)
     for candidate in (promising, _copied(parameters)):
         _put(parameters, candidate)
-        error = _error_of_all(block, weights)
+        error = error_of_all(block, weights)
         if error < best_error:
             best, best_error = candidate, error
     _put(parameters, best)
@@ -108,7 +108,12 @@ def _error(block: Block, weights: Mapping[str, Tensor], calls: Sequence[int]) ->
     return wrong / max(count, 1)
 
 
-def _error_of_all(block: Block, weights: Weights) -> float:
+def error_of_all(block: Block, weights: Weights) -> float:
+    """The loss over all calls of ``block``.
+
+    Raises:
+        FeedError: NaN or infinity among the block's outputs
+    """
     with torch.no_grad():
         error = float(_error(block, weights(), range(len(block.calls))))
     if not math.isfinite(error):

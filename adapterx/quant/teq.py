@@ -9,18 +9,21 @@ import torch
 
 from adapterx.errors import OptionError
 from adapterx.quant.affine import grouped, ungrouped
-from adapterx.quant.block_learning import Pace, agreed, learn
+from adapterx.quant.block_learning import Pace, Weights, agreed, error_of_all, learn
 from adapterx.quant.blocks import Block
 from adapterx.quant.fold import Fold, fold_in
 from adapterx.quant.linear import linear_weight
 from adapterx.quant.producers import Pair, find_producers
 from adapterx.quant.rtn import RTN, finite, rtn
 from adapterx.quant.scheme import Scheme
-from adapterx.quant.sharing import shared_inputs
+from adapterx.quant.sharing import inputs_of
 from adapterx.quant.straight_through import grid_through, on_grid_through
 from adapterx.quant.weight import QuantWeight
 
 Tensor = torch.Tensor
+
+# Some inputs of large models are a hundred times larger than others: further than steps of a size that learns would go.
+_POWERS = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,11 +31,12 @@ class TEQ:
     """Trainable equivalent transformation (Cheng et al., arXiv 2310.10944), block by block.
 
     ``y = (x / s) @ Q(W * s).T``, and ``s``, one number an input, is learnt. In float nothing changes, whatever ``s``
-    is. Layers that read the same tensor share it, so that it can be folded into what produces that tensor.
+    is. Layers that read the same tensor share it, so that it can be folded into what produces that tensor. Where the
+    paper starts from 1, a block starts from a power of its inputs' sizes, as in AWQ, if that loses less.
 
     Args:
         scheme: integers only
-        steps: of AdamW, a block
+        steps: of Adam, a block
         lr: of the logarithm of ``s``, falling to 0 in a line
         batch_size: rows a step; whole calibration calls are drawn until they hold so many
         seed: of the draws
@@ -94,13 +98,13 @@ def teq(block: Block, layers: Mapping[str, TEQ]) -> Mapping[str, QuantWeight]:
     Raises:
         FeedError: NaN or infinity among the block's outputs, or layers that no call reaches
         MismatchError: a pair of ``absorb`` that is not one
-        ModelError: NaN or infinity among the weights
+        ModelError: NaN or infinity among the inputs or weights
         OptionError: layers of one block that want to be learnt in different ways
     """
     how = agreed(layers)
-    shared = shared_inputs(block, layers)
-    pairs = find_producers(block, shared, how.absorb) if how.folding else [None] * len(shared)
-    scaled = [_started(block, names, layers, pair) for names, pair in zip(shared, pairs, strict=True)]
+    inputs = inputs_of(block, layers)
+    pairs = find_producers(block, inputs.shared, how.absorb) if how.folding else [None] * len(inputs.shared)
+    scaled = [_started(block, names, layers, pair) for names, pair in zip(inputs.shared, pairs, strict=True)]
     learning = [each for each in scaled if _learns(each, block, how)]
     parameters = [each.log_scale for each in learning]
     optimizer = torch.optim.Adam(parameters, lr=how.lr)
@@ -112,20 +116,30 @@ def teq(block: Block, layers: Mapping[str, TEQ]) -> Mapping[str, QuantWeight]:
             parameter.grad = gradient
         optimizer.step()
 
-    if parameters:
-        learn(
-            block,
-            parameters,
-            weights=lambda: {name: weight for each in scaled for name, weight in each.fake().items()},
-            move=move,
-            pace=Pace(how.steps, how.batch_size, how.seed),
-        )
+    def weights() -> dict[str, Tensor]:
+        return {name: weight for each in scaled for name, weight in each.fake().items()}
+
+    if parameters and how.steps:
+        _place(block, learning, [inputs.sizes[next(iter(each.weights))] for each in learning], weights)
+        learn(block, parameters, weights=weights, move=move, pace=Pace(how.steps, how.batch_size, how.seed))
     for each in learning:
         if each.pair is not None and bool(each.log_scale.any()):
             fold = Fold(each.pair.producer, each.pair.consumers, each.log_scale.exp())
             fold_in(block.module, fold)
             block.folds.append(fold)
     return {name: found for each in scaled for name, found in each.quantized(block).items()}
+
+
+def _place(block: Block, learning: Sequence[_Scaled], sizes: Sequence[Tensor], weights: Weights) -> None:
+    """Put the scales of a block where they are learnt from: the power of the inputs' sizes with the least error."""
+    starts = [torch.log((size / size.mean().clamp(min=1e-30)).clamp(min=1e-4)) for size in sizes]
+    errors = []
+    for power in _POWERS:
+        for each, start in zip(learning, starts, strict=True):
+            each.log_scale.copy_(start * power)
+        errors.append(error_of_all(block, weights))
+    for each, start in zip(learning, starts, strict=True):
+        each.log_scale.copy_(start * _POWERS[errors.index(min(errors))])
 
 
 def _learns(scaled: _Scaled, block: Block, how: TEQ) -> bool:
