@@ -53,6 +53,7 @@ bench: $(VENV)/.dev
 	$(PY) bench/merge.py
 	$(PY) bench/convert.py
 	$(PY) bench/kinds.py
+	$(PY) bench/quant.py
 
 clean:
 	rm -rf $(VENV) build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
