@@ -150,7 +150,8 @@ def _ways(only: str, console: Console, *, quick: bool) -> Iterator[tuple[str, in
                 made = config(bits)
                 if quick and name == "AutoRound":
                     made = AutoRoundConfig(bits=bits, iters=5, **GROUP)
-                yield way, bits, bits + ((16 if name == "HQQ" else bits) + 16) / 32, by_config(made)
+                zero = 16 if name == "HQQ" else bits
+                yield way, bits, bits + (zero + 16) / 32, by_config(made)
     for name, (bits, config) in ROUNDED.items():
         if wanted.search(way := f"adapterx, {name}"):
             stored = bits + (8 / 32 if "MX" in name else 16 / 64 if "nf4" in name else 0)
@@ -162,7 +163,8 @@ def _ways(only: str, console: Console, *, quick: bool) -> Iterator[tuple[str, in
             console.print(f"[dim]{name}: {package} {why}[/dim]", highlight=False)
             continue
         for bits in (4,) if name in quant_peers.NF4_PEERS else BITS:
-            stored = bits + (16 / 64 if name in quant_peers.NF4_PEERS else (bits + 16) / 32)
+            zero = 16 if "hqq" in name.lower() else bits
+            stored = bits + (16 / 64 if name in quant_peers.NF4_PEERS else (zero + 16) / 32)
             yield name, bits, stored, lambda model, rows, peer=peer, bits=bits: peer(model, bits, rows)
 
 
