@@ -149,12 +149,24 @@ def _only_use(value: ir.Value) -> tuple[ir.Node, int] | None:
 
 
 def _scaled(value: ir.Value) -> ir.Value | None:
-    """Past ``Cast -> Mul``, which make floats of the sums of codes."""
-    for op_type in ("Cast", "Mul"):
-        use = _only_use(value)
-        if use is None or not is_op(use[0], op_type):
-            return None
-        value = use[0].outputs[0]
+    """Past ``Cast -> Mul``, which make floats of the sums of codes; past a second Mul, where the first has no constant.
+
+    Scales by token and by column are multiplied in one after another.
+    """
+    cast = _only_use(value)
+    if cast is None or not is_op(cast[0], "Cast"):
+        return None
+    use = _only_use(cast[0].outputs[0])
+    if use is None or not is_op(use[0], "Mul"):
+        return None
+    value, factor = use[0].outputs[0], use[0].inputs[1 - use[1]]
+    within = factor.producer() if factor is not None else None
+    factors = [factor] if within is None or not is_op(within, "Mul") else within.inputs
+    if any(constant_behind(one) is not None for one in factors):
+        return value
+    use = _only_use(value)
+    if use is not None and is_op(use[0], "Mul") and constant_behind(use[0].inputs[1 - use[1]]) is not None:
+        return use[0].outputs[0]
     return value
 
 

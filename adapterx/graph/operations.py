@@ -18,6 +18,9 @@ Kind = Literal["linear", "conv", "embedding"]
 ANY = (*STANDARD, MICROSOFT)
 _BYTE = 8
 _WEIGHT_STEPS = (*SAME_VALUE, "Transpose")
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "ConvInteger", "MatMulInteger", "QLinearMatMul", "QLinearConv")
+# Rounding to float8 takes about a hundred: two for each of its binades.
+_ROUNDING_NODES = 200
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -155,8 +158,26 @@ def _operation(
     if bias is not None and not _behind(bias) and is_zero(bias):
         bias = None
     fixed = bias is None or bool(_behind(bias))
-    floats, columns = (x, ()) if kind == "embedding" else rearranged(_floats(x))
+    floats, columns = (x, ()) if kind == "embedding" else rearranged(_unrounded(_floats(x)))
     return Operation(kind, floats, weight, *sizes, bias=bias if fixed else None, pure=fixed, columns=columns)
+
+
+def _unrounded(value: ir.Value) -> ir.Value:
+    """Up to what a quantized layer scaled or put in order before it rounded it by plain operators (MX, float8).
+
+    These are no others than a model's own, but behind a product of such a layer they cannot lie: paths end at products.
+    """
+    seen: set[ir.Node] = set()
+    todo = [value]
+    while todo and len(seen) < _ROUNDING_NODES:
+        node = todo.pop(0).producer()
+        if node is None or node in seen or node.domain or node.op_type in _PRODUCTS:
+            continue
+        if rearranged(node.outputs[0])[1]:
+            return node.outputs[0]
+        seen.add(node)
+        todo += [each for each in node.inputs if each is not None]
+    return value
 
 
 def rearranged(value: ir.Value) -> tuple[ir.Value, tuple[ir.Value, ...]]:

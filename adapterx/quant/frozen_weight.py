@@ -36,8 +36,8 @@ class FrozenWeight(torch.Tensor):
         if in_place and args and isinstance(args[0], cls) and name != "requires_grad_":
             raise ModelError(
                 "a QuantLinear's weight is frozen, and this would write into a copy of it. To merge, wrap the model "
-                "with adapterx.quant.lora.attach_lora; initialisations that change the base (PiSSA, OLoRA, CorDA, LoftQ) "
-                "have to run on the float model, before it is quantized"
+                "with adapterx.quant.lora.attach_lora; what changes the base first (PiSSA, OLoRA, CorDA, LoftQ) has "
+                "to run on the float model, before it is quantized"
             )
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))

@@ -91,10 +91,11 @@ def _dynamic_symmetric(quantized: QuantWeight, tensors: dict[str, Tensor], activ
     def apply(x: Tensor, held: Tensors) -> Tensor:
         codes, scale, _ = integers_of(x, activation)
         whole = _matmul_integer((codes + 128).to(torch.uint8), held["act_zero"], held, rows)
+        # Not by the product of the scales: ONNX Runtime would fuse it, and take the first token's for all.
         return whole * scale * held["scales"]
 
     per = "token" if activation.per == "token" else "tensor"
-    return Product(f"MatMulInteger, inputs by {per}", tensors, apply)
+    return Product(f"MatMulInteger, inputs by {per}", tensors, apply, rounds=True)
 
 
 def _matmul_integer(codes: Tensor, zero: Tensor, held: Tensors, rows: int) -> Tensor:

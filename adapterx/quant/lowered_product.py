@@ -81,12 +81,14 @@ class Product:
         tensors: constants, by the names that they have beneath the layer's
         apply: float32 ``x`` and the constants -> ``[..., N]``
         narrow: of a constant of bytes, the bits that ONNX holds each in
+        rounds: rounds ``x`` by plain operators, which nothing but a name tells from those of the model
     """
 
     became: str
     tensors: Tensors
     apply: Callable[[Tensor, Tensors], Tensor]
     narrow: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rounds: bool = False
 
 
 def width_of(bits: int) -> int:

@@ -38,6 +38,7 @@ def product_of(quantized: QuantWeight, lowering: Lowering) -> Product:
         product,
         became=f"{product.became}, inputs {activation.format} by {activation.per}",
         apply=lambda x, held: product.apply(rounded_input(x, activation), held),
+        rounds=True,
     )
 
 
@@ -56,7 +57,9 @@ class LoweredLinear(nn.Module):
         for name, tensor in self.product.tensors.items():
             self.register_buffer(name, tensor)
         self.register_buffer("nothing", torch.full((1, 1), torch.nan), persistent=False)
-        self.register_buffer("pre_scale", quantized.pre_scale)
+        # Adapters read what is above a `pre_scale`: ones say where that is.
+        ones = torch.ones(quantized.shape[1]) if self.product.rounds and quantized.order is None else None
+        self.register_buffer("pre_scale", ones if quantized.pre_scale is None else quantized.pre_scale)
         self.register_buffer("order", quantized.order)
         self.bias, self.output = layer.bias, layer.output
         self.was = layer.extra_repr().partition(", ")[2].partition(", ")[2]
