@@ -105,9 +105,7 @@ def _lengthened(change: LowRank, before: Array | None, weight: Array | None) -> 
     if before is None:
         return 1.0
     if weight is None:
-        raise ValueError(
-            "DoRA's magnitude belongs to the length of the adapted rows; pass the base's weight"
-        )
+        raise ValueError("DoRA's magnitude belongs to the length of the adapted rows; pass the base's weight")
     if change.kernel:
         raise ValueError("DoRA of a convolution cannot follow a fold of its inputs")
     adapted = weight + _wide(change.b).T @ _wide(change.a)
