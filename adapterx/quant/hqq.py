@@ -34,6 +34,7 @@ class HQQ:
         beta: of the first shrinking; larger shrinks less
         kappa: by how much ``beta`` grows at each step
         iters: steps at most; it stops when the mean error no longer falls
+        round_zero: begin with whole zero points; None is the package's rule, at 4 bits only
 
     Raises:
         OptionError: a scheme without zero points
@@ -47,6 +48,7 @@ class HQQ:
     beta: float = 10.0
     kappa: float = 1.01
     iters: int = 20
+    round_zero: bool | None = None
 
     def __post_init__(self) -> None:
         scheme = self.scheme
@@ -87,7 +89,10 @@ def hqq(weight: Tensor, method: HQQ, *, name: str = "a layer") -> QuantWeight:
     high = torch.where(there > 0, groups, -torch.inf).amax(-1, keepdim=True)
     scale = (high - low) / (2**scheme.bits - 1)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    zero = _fitted(groups, there, scale, -low / scale, method)
+    zero = -low / scale
+    if scheme.bits == 4 if method.round_zero is None else method.round_zero:
+        zero = torch.round(zero)
+    zero = _fitted(groups, there, scale, zero, method)
     if method.quant_zero:
         zero = _rounded(zero)
     if method.quant_scale:

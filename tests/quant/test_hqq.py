@@ -23,6 +23,7 @@ def reference(weight, bits, group, *, p=0.7, beta=10.0, kappa=1.01, iters=20):
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     scale = (2**bits - 1) / (high - low)
     zero, best = -low * scale, float("inf")
+    zero = zero.round() if bits == 4 else zero
     for _ in range(iters):
         codes = torch.round(rows * scale + zero).clamp(0, 2**bits - 1)
         error = rows - (codes - zero) / scale
@@ -41,6 +42,12 @@ def test_it_is_what_the_authors_solver_gives(bits):
     wrong = (hqq(W, method(bits)).dequantized() - reference(W, bits, 16)).abs()
     # Where a weight lies between two codes, rounding decides.
     assert float(wrong.gt(1e-5).float().mean()) < 0.002
+
+
+def test_where_zero_points_begin_can_be_chosen():
+    assert same(hqq(W, method(4)), hqq(W, method(4, round_zero=True)))
+    assert not same(hqq(W, method(4)), hqq(W, method(4, round_zero=False)))
+    assert same(hqq(W, method(3)), hqq(W, method(3, round_zero=False)))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
