@@ -54,6 +54,7 @@ bench: $(VENV)/.dev
 	$(PY) bench/convert.py
 	$(PY) bench/kinds.py
 	$(PY) bench/quant.py
+	$(PY) bench/quant_onnx.py
 
 clean:
 	rm -rf $(VENV) build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
