@@ -64,7 +64,7 @@ def test_pages_live_as_long_as_the_last_who_reads_them_and_hold_no_file_open():
 
 
 def test_pages_go_with_the_last_who_reads_them():
-    size = 5_000_000 + 64
+    size = 5_000_000 + 1_000_000  # of the pages, but of neither array: what numpy frees may stay mapped for a while
 
     def mappings():
         ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
@@ -72,7 +72,7 @@ def test_pages_go_with_the_last_who_reads_them():
 
     # Something else in the process may happen to have a mapping of this size.
     others = mappings()
-    found = mapped({"a": np.zeros(5_000_000, np.int8), "b": np.zeros(64, np.int8)})
+    found = mapped({"a": np.zeros(5_000_000, np.int8), "b": np.zeros(1_000_000, np.int8)})
     assert mappings() == others + 1
     del found
     gc.collect()
