@@ -79,9 +79,7 @@ def quantize_base(  # noqa: PLR0913 - the options of the contract, all by name
         FeedError: no calibration feeds, or feeds that do not fit.
         OSError: no permission, disk full.
 
-    Example:
-        >>> layers = {"down_proj": RTN(bits=8)}
-        >>> quantize_base("m.onnx", "int4.onnx", method=RTN(bits=4), layers=layers)  # doctest: +SKIP
+    For example ``quantize_base("m.onnx", "int4.onnx", method=RTN(bits=4), layers={"down_proj": RTN(bits=8)})``.
     """
     chosen = method_named(method) if isinstance(method, str) else method
     loaded, where, path = load_model(model), label(model), Path(output)

@@ -103,9 +103,6 @@ def export_checkpoint(
         FormatError: ``folder`` is no checkpoint that transformers reads
         MissingDependency: transformers, or what `export` needs, is not installed
         ModelError: as `quantize` and `export`
-
-    Example:
-        >>> export_checkpoint("llama", "int4.onnx", Wanted("awq"), texts=[text])  # doctest: +SKIP
     """
     config = _config(wanted)
     if wanted.method in _NEEDS_DATA and not (batches or texts):
