@@ -55,6 +55,7 @@ bench: $(VENV)/.dev
 	$(PY) bench/kinds.py
 	$(PY) bench/quant.py
 	$(PY) bench/quant_onnx.py
+	$(PY) bench/quant_decode.py
 
 clean:
 	rm -rf $(VENV) build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -47,8 +47,7 @@ class Block:
 
     def outputs(self, calls: Sequence[Call] | None = None) -> list[Tensor]:
         """What the block gives now for its ``calls``."""
-        with torch.no_grad():
-            return [first_tensor(call.of(self.module)) for call in (self.calls if calls is None else calls)]
+        return _run(self.module, self.calls if calls is None else calls)
 
     def error(self) -> float:
         """Mean squared difference of the block's outputs now from ``targets``, relative to their own mean square."""
@@ -81,25 +80,30 @@ def walk(calibration: Calibration, layers: Sequence[str]) -> Iterator[tuple[Bloc
     """
     left = list(layers)
     for chain in calibration.unbroken_chains():
-        if not any(name.startswith(f"{block}.") or name == block for name in left for block in chain):
+        if not any(_within(block, left) for block in chain):
             continue
         float_states = states = [call.first for call in calibration.blocks[chain[0]]]
-        for name in chain:
+        for place, name in enumerate(chain):
             module = calibration.model.get_submodule(name)
             given = calibration.blocks[name]
             float_calls = [call.with_first(state) for call, state in zip(given, float_states, strict=True)]
             same = all(a is b for a, b in zip(states, float_states, strict=True))
             calls = float_calls if same else [c.with_first(s) for c, s in zip(given, states, strict=True)]
             block = Block(name, module, calls, float_calls, targets := _run(module, float_calls))
-            inside = [layer[len(name) + 1 :] for layer in left if layer.startswith(f"{name}.")]
-            left = [layer for layer in left if not layer.startswith(f"{name}.")]
-            if inside:
-                yield block, inside
+            if inside := _within(name, left):
+                left = [layer for layer in left if layer not in inside]
+                yield block, [layer[len(name) + 1 :] for layer in inside]
+            if not any(_within(later, left) for later in chain[place + 1 :]):
+                break
             float_states = targets
             states = targets if same and not inside else _run(module, calls)
     if left:
         model = calibration.model
         yield Block("", model, calibration.calls, calibration.calls, _run(model, calibration.calls)), left
+
+
+def _within(block: str, layers: Sequence[str]) -> list[str]:
+    return [layer for layer in layers if layer.startswith(f"{block}.")]
 
 
 def _run(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
